@@ -1,0 +1,280 @@
+//! Blobs: the map from digest to bytes.
+//!
+//! A blob's bytes are in its row when they are few, else in an object under a storage key: exactly one of the
+//! two. A repository sees a blob only through its own hold on it ([`crate::lease`]), so bytes are shared and
+//! rights are not.
+
+pub(crate) mod file_system;
+
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::{Digest, RepositoryName};
+
+use crate::collect::{self, Kind};
+use crate::error::Error;
+use crate::failpoint::failpoint;
+use crate::lease;
+use crate::model::{Actor, Blob, BlobContent, BlobInfo};
+use crate::repository::{self, Place};
+use crate::sql::{Body, Db, Tx, statements};
+use crate::store::Inner;
+use crate::{audit, manifest};
+use file_system::StorageKey;
+
+statements! {
+    STAT = "SELECT b.size, rb.lease_until, CAST(CASE WHEN EXISTS ( \
+                SELECT 1 FROM manifest_blob e WHERE e.repository_id = r.id AND e.digest = b.digest) \
+                THEN 1 ELSE 0 END AS BIGINT) AS named \
+            FROM repository r JOIN blob b ON b.digest = $2 \
+            JOIN repository_blob rb ON rb.repository_id = r.id AND rb.blob_id = b.id \
+            WHERE r.name = $1 AND b.state = 'ok'";
+    OPEN = "SELECT b.size, b.body, b.storage_key, b.state FROM repository r JOIN blob b ON b.digest = $2 \
+            JOIN repository_blob rb ON rb.repository_id = r.id AND rb.blob_id = b.id WHERE r.name = $1";
+    ADD = "INSERT INTO blob (id, digest, size, body, storage_key, state, created_at) \
+           VALUES ($1, $2, $3, $4, $5, 'ok', $6) \
+           ON CONFLICT (digest) DO UPDATE SET size = blob.size RETURNING id, storage_key, state";
+    HEAL = "UPDATE blob SET body = $2, storage_key = $3, state = 'ok' WHERE id = $1";
+    SUSPECT = "UPDATE blob SET state = 'suspect' WHERE digest = $1";
+    TOTALS = "SELECT COUNT(*) AS blobs, CAST(COALESCE(SUM(size), 0) AS BIGINT) AS bytes FROM blob";
+}
+
+/// HEAD of a blob: one query, and with `renew` rarely a transaction (`I7`).
+pub(crate) async fn stat(
+    inner: &Inner,
+    repository: &RepositoryName,
+    digest: &Digest,
+    renew: bool,
+) -> Result<Option<BlobInfo>, Error> {
+    let rows = inner
+        .db
+        .read(&STAT, &[repository.as_str().into(), digest.into()])
+        .await?;
+    let Some(row) = rows.first() else {
+        return Ok(None);
+    };
+    let info = BlobInfo { size: row.u64(0)? };
+    let lease = inner.options.lease;
+    let near = row.time(1)? < inner.clock.now().plus(lease / 2);
+    if renew && near && row.i64(2)? == 0 {
+        let kept = inner
+            .db
+            .write(lease::Renew {
+                repository: repository.clone(),
+                digest: digest.clone(),
+                lease,
+                kind: lease::Renewed::Blob,
+            })
+            .await?;
+        return Ok(kept.then_some(info));
+    }
+    Ok(Some(info))
+}
+
+/// Opens a blob: one query and one `open`.
+pub(crate) async fn open(
+    inner: &Inner,
+    repository: &RepositoryName,
+    digest: &Digest,
+) -> Result<Option<Blob>, Error> {
+    let mut rows = inner
+        .db
+        .read(&OPEN, &[repository.as_str().into(), digest.into()])
+        .await?;
+    let Some(row) = rows.first_mut() else {
+        return Ok(None);
+    };
+    let size = row.u64(0)?;
+    if row.text(3)? != "ok" {
+        return Err(Error::Database(format!(
+            "blob `{digest}` is damaged, push it again to heal it"
+        )));
+    }
+    let content = match row.opt_text(2)? {
+        Some(key) => BlobContent::File(inner.objects.read(&StorageKey::parse(&key)?, size)?),
+        None => BlobContent::Inline(Bytes::from(row.take_bytes(1)?)),
+    };
+    Ok(Some(Blob { size, content }))
+}
+
+impl Blob {
+    /// Reads a range whole, for small blobs and tests. What lies after the end is left out.
+    ///
+    /// # Errors
+    /// [`Error::Database`] when the file cannot be read.
+    pub async fn read(&self, range: Range<u64>) -> Result<Bytes, Error> {
+        let end = range.end.min(self.size);
+        let start = range.start.min(end);
+        match &self.content {
+            BlobContent::Inline(bytes) => {
+                let fits = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+                Ok(bytes.slice(fits(start)..fits(end)))
+            }
+            BlobContent::File(file) => {
+                let failed = |error: std::io::Error| {
+                    Error::Database(format!("an object cannot be read: {error}"))
+                };
+                let file = file.try_clone().map_err(failed)?;
+                let length = usize::try_from(end - start).unwrap_or(usize::MAX);
+                tokio::task::spawn_blocking(move || {
+                    let mut buffer = vec![0; length];
+                    file.read_exact_at(&mut buffer, start)?;
+                    Ok(Bytes::from(buffer))
+                })
+                .await
+                .unwrap_or_else(|_| Err(std::io::Error::other("the reader stopped")))
+                .map_err(failed)
+            }
+        }
+    }
+}
+
+/// The verified and durable bytes of a new blob.
+#[derive(Clone, Debug)]
+pub(crate) enum Content {
+    Inline(Bytes),
+    Object(StorageKey),
+}
+
+/// Makes a blob visible (`I1`): its bytes are durable and its digest is verified when this is called. Blob row,
+/// lease and queue row are one transaction (`I2`). When the same content is there already, ours goes out
+/// through the outbox; when that is known to be damaged, ours takes its place.
+pub(crate) async fn commit(
+    tx: &mut Tx,
+    place: Place,
+    digest: &Digest,
+    size: u64,
+    content: &Content,
+    lease: Duration,
+    actor: &Actor,
+) -> Result<(), Error> {
+    let (now, fresh) = (tx.now(), tx.id());
+    let (body, key) = match content {
+        Content::Inline(bytes) => (Some(bytes.as_ref()), None),
+        Content::Object(key) => (None, Some(key.as_str())),
+    };
+    let row = tx
+        .query_opt(
+            &ADD,
+            &[
+                fresh.into(),
+                digest.into(),
+                size.into(),
+                body.into(),
+                key.into(),
+                now.into(),
+            ],
+        )
+        .await?
+        .ok_or_else(|| Error::Database("a blob vanished".to_owned()))?;
+    let id = row.i64(0)?;
+    if id != fresh {
+        let unused = if row.text(2)? == "ok" {
+            key.map(str::to_owned)
+        } else {
+            tx.execute(&HEAL, &[id.into(), body.into(), key.into()])
+                .await?;
+            row.opt_text(1)?
+        };
+        if let Some(key) = unused {
+            collect::discard(tx, &key, now).await?;
+        }
+    }
+    failpoint("commit.after_blob_row");
+    lease::grant(tx, place, digest, id, size, lease, &actor.principal).await?;
+    failpoint("commit.after_lease");
+    Ok(())
+}
+
+/// Mounts a blob from the first source that holds it.
+pub(crate) struct Mount {
+    pub(crate) into: RepositoryName,
+    pub(crate) digest: Digest,
+    pub(crate) sources: Arc<[RepositoryName]>,
+    pub(crate) actor: Actor,
+    pub(crate) lease: Duration,
+}
+
+impl Body for Mount {
+    type Output = bool;
+
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
+        for source in self.sources.iter() {
+            let Some(place) = repository::find(tx, source).await? else {
+                continue;
+            };
+            let held = lease::find_held(tx, place.repository, &self.digest).await?;
+            let Some(held) = held.filter(|held| held.sound) else {
+                continue;
+            };
+            let into = repository::ensure(tx, &self.into).await?;
+            let principal = &self.actor.principal;
+            lease::grant(
+                tx,
+                into,
+                &self.digest,
+                held.blob,
+                held.size,
+                self.lease,
+                principal,
+            )
+            .await?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}
+
+/// Takes a blob out of a repository. The bytes stay until the collector finds that nobody holds them.
+pub(crate) struct Delete {
+    pub(crate) repository: RepositoryName,
+    pub(crate) digest: Digest,
+    pub(crate) actor: Actor,
+}
+
+impl Body for Delete {
+    type Output = ();
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let unknown = || Error::BlobUnknown(self.digest.clone());
+        let place = repository::find(tx, &self.repository)
+            .await?
+            .ok_or_else(unknown)?;
+        let held = lease::take_held(tx, place.repository, &self.digest)
+            .await?
+            .ok_or_else(unknown)?;
+        // A new statement after the lock: it sees every edge that was committed before it was granted.
+        if manifest::names_blob(tx, place.repository, &self.digest).await? {
+            return Err(Error::BlobInUse(self.digest.clone()));
+        }
+        failpoint("delete.before_rows");
+        lease::release(tx, place, held).await?;
+        let now = tx.now();
+        collect::enqueue(tx, Kind::Blob, 0, held.blob, now).await?;
+        collect::forget(tx, Kind::RepositoryBlob, place.repository, held.blob).await?;
+        failpoint("delete.after_rows");
+        let target = format!("{}@{}", self.repository.as_str(), self.digest);
+        audit::allowed(tx, &self.actor, "blob.delete", target).await
+    }
+}
+
+/// Marks a blob whose bytes were found damaged: it is absent until the same content is pushed again (`I20`).
+pub(crate) struct Suspect(pub(crate) Digest);
+
+impl Body for Suspect {
+    type Output = ();
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        tx.execute(&SUSPECT, &[(&self.0).into()]).await.map(drop)
+    }
+}
+
+/// How many blobs there are, and their bytes.
+pub(crate) async fn totals(db: &Db) -> Result<(u64, u64), Error> {
+    let rows = db.scan(&TOTALS, Vec::new()).await?;
+    rows.first()
+        .map_or(Ok((0, 0)), |row| Ok((row.u64(0)?, row.u64(1)?)))
+}

@@ -1,0 +1,198 @@
+//! The data directory: its format, its lock, its parts.
+//!
+//! `format` names the version and is written last and durably when a directory is made, so a directory with
+//! it is whole, and one without it is empty, half-made, or not ours.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use crate::blob::file_system::{FileSystem, sync_directory};
+use crate::error::Error;
+
+/// The format of the directory that this program writes.
+const FORMAT: i64 = 1;
+const FORMAT_NAME: &str = "longshore store";
+const MAX_FORMAT_FILE: u64 = 256;
+
+/// A data directory whose lock is held.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    root: PathBuf,
+    _lock: File,
+    /// It has no format yet: the database is to be made.
+    pub(crate) fresh: bool,
+}
+
+impl Directory {
+    /// Takes the lock of `root`, making the directory when it is missing or empty.
+    pub(crate) fn open(root: &Path) -> Result<Self, Error> {
+        make_directory(root)?;
+        let fresh = read_format(root)?.is_none();
+        if fresh {
+            check_ours(root)?;
+        }
+        let lock = take_lock(root)?;
+        if fresh {
+            FileSystem::make(&root.join(OBJECTS))?;
+            sync_directory(root)?;
+        } else if !database(root).is_file() {
+            return Err(Error::damaged(
+                &database(root),
+                "it is missing, restore the directory from a backup",
+            ));
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh,
+        })
+    }
+
+    /// Takes the lock of a directory that holds objects alone.
+    pub(crate) fn open_objects(root: &Path) -> Result<Self, Error> {
+        make_directory(root)?;
+        let lock = take_lock(root)?;
+        FileSystem::make(&objects(root))?;
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh: false,
+        })
+    }
+
+    /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
+    pub(crate) fn look(root: &Path) -> Result<Option<File>, Error> {
+        if read_format(root)?.is_none() {
+            return Err(Error::damaged(
+                root,
+                "it holds no `format` file, so it is not a data directory",
+            ));
+        }
+        match take_lock(root) {
+            Ok(lock) => Ok(Some(lock)),
+            Err(Error::InUse(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Declares the directory whole, durably.
+    pub(crate) fn finish(&self) -> Result<(), Error> {
+        let partial = self.root.join(FORMAT_PARTIAL);
+        let path = self.root.join(FORMAT_FILE);
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(&partial)?;
+            writeln!(file, "{FORMAT_NAME} {FORMAT}")?;
+            file.sync_all()?;
+            std::fs::rename(&partial, &path)
+        };
+        write().map_err(|error| Error::io("write", &path, error))?;
+        sync_directory(&self.root)
+    }
+}
+
+/// The path of the database.
+pub(crate) fn database(root: &Path) -> PathBuf {
+    root.join(DATABASE)
+}
+
+/// The path of the objects.
+pub(crate) fn objects(root: &Path) -> PathBuf {
+    root.join(OBJECTS)
+}
+
+fn make_directory(root: &Path) -> Result<(), Error> {
+    use std::os::unix::fs::DirBuilderExt;
+    if root.is_dir() {
+        return Ok(());
+    }
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(root)
+        .map_err(|error| Error::io("create", root, error))?;
+    match root
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    {
+        Some(parent) => sync_directory(parent),
+        None => Ok(()),
+    }
+}
+
+fn read_format(root: &Path) -> Result<Option<i64>, Error> {
+    use std::io::Read;
+    let path = root.join(FORMAT_FILE);
+    let mut text = String::new();
+    let read =
+        File::open(&path).and_then(|file| file.take(MAX_FORMAT_FILE).read_to_string(&mut text));
+    match read {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::InvalidData => text.clear(),
+        Err(error) => return Err(Error::io("read", &path, error)),
+    }
+    let version = text
+        .strip_suffix('\n')
+        .and_then(|line| line.strip_prefix(FORMAT_NAME))
+        .and_then(|version| version.trim_start().parse::<i64>().ok())
+        .filter(|version| *version > 0)
+        .ok_or_else(|| {
+            Error::damaged(
+                &path,
+                format!("it does not say `{FORMAT_NAME} {FORMAT}`, restore it from a backup"),
+            )
+        })?;
+    if version > FORMAT {
+        return Err(Error::Newer {
+            dir: root.to_owned(),
+            found: version,
+            known: FORMAT,
+        });
+    }
+    Ok(Some(version))
+}
+
+/// Refuses a directory without a format that holds anything but what a first start leaves behind.
+fn check_ours(root: &Path) -> Result<(), Error> {
+    let entries = std::fs::read_dir(root).map_err(|error| Error::io("read", root, error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io("read", root, error))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // `lost+found` is the file system's own, when the directory is its root.
+        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, "lost+found"].contains(&name.as_ref())
+            || name
+                .strip_prefix(DATABASE)
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal"].contains(&rest));
+        if !known {
+            return Err(Error::NotADataDirectory {
+                dir: root.to_owned(),
+                found: name.into_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn take_lock(root: &Path) -> Result<File, Error> {
+    let path = root.join(LOCK);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|error| Error::io("open", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::InUse(root.to_owned())),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path, error)),
+    }
+}
+
+const FORMAT_FILE: &str = "format";
+const FORMAT_PARTIAL: &str = "format.partial";
+const LOCK: &str = "lock";
+const DATABASE: &str = "meta.db";
+const OBJECTS: &str = "o";

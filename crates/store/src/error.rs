@@ -1,0 +1,145 @@
+//! The one error type of this crate.
+
+use std::path::{Path, PathBuf};
+
+use oci::reference::Tag;
+use oci::{Digest, RepositoryName};
+
+/// Why the store refused or failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The blob is not in this repository.
+    #[error("blob `{0}` is not in this repository")]
+    BlobUnknown(Digest),
+    /// A manifest names the blob.
+    #[error("blob `{0}` is part of a manifest of this repository, delete the manifest first")]
+    BlobInUse(Digest),
+    /// Something in the data directory is not what the store wrote there.
+    #[error("`{path}` is damaged: {problem}")]
+    Damaged {
+        /// The file or directory.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+    /// The content has another digest.
+    #[error("the content has digest `{actual}`, not `{expected}`")]
+    DigestMismatch {
+        /// What was asked for.
+        expected: Digest,
+        /// What the bytes are.
+        actual: Digest,
+    },
+    /// No such manifest or tag.
+    #[error("no such manifest: `{0}`")]
+    ManifestUnknown(String),
+    /// An index names the manifest.
+    #[error("manifest `{0}` is part of an index of this repository, delete the index first")]
+    ManifestInUse(Digest),
+    /// References of a manifest are not in the repository.
+    #[error("the manifest names content that is not in this repository: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    MissingReferences(Vec<Digest>),
+    /// The directory holds other things than a store.
+    #[error(
+        "`{dir}` is not a data directory of this program (it holds `{found}`), choose an empty directory"
+    )]
+    NotADataDirectory {
+        /// The directory.
+        dir: PathBuf,
+        /// What was found there.
+        found: String,
+    },
+    /// A compare-and-set found another state (412).
+    #[error("tag `{tag}` is not in the expected state, it points to {}", .actual.as_ref().map_or_else(|| "nothing".to_owned(), |d| format!("`{d}`")))]
+    Precondition {
+        /// The tag.
+        tag: Tag,
+        /// Where it points.
+        actual: Option<Digest>,
+    },
+    /// The caller may not overwrite this tag.
+    #[error("tag `{tag}` exists and may not be overwritten by this user")]
+    TagImmutable {
+        /// The tag.
+        tag: Tag,
+    },
+    /// The caller may not create this tag.
+    #[error("tag `{tag}` may not be created by this user")]
+    TagCreateDenied {
+        /// The tag.
+        tag: Tag,
+    },
+    /// The repository has no content.
+    #[error("no such repository: `{0}`")]
+    RepositoryUnknown(RepositoryName),
+    /// No such upload (never started, finished, cancelled or expired).
+    #[error("no such upload, start it again with a POST")]
+    UploadUnknown,
+    /// Another writer has it.
+    #[error("another request is writing this upload, which is at {offset}")]
+    UploadBusy {
+        /// Bytes recorded.
+        offset: u64,
+    },
+    /// The disk is full. Nothing acknowledged is lost.
+    #[error("the disk is full, free some space and try again")]
+    Full,
+    /// The data directory is used by another process.
+    #[error(
+        "data directory `{0}` is in use by another process, stop it or choose another directory"
+    )]
+    InUse(PathBuf),
+    /// The data directory is of a newer version.
+    #[error(
+        "data directory `{dir}` has format {found}, this program knows up to {known}, use a newer program"
+    )]
+    Newer {
+        /// The directory.
+        dir: PathBuf,
+        /// Its format.
+        found: i64,
+        /// Ours.
+        known: i64,
+    },
+    /// The database failed.
+    #[error("the database failed: {0}")]
+    Database(String),
+    /// The file system failed.
+    #[error("cannot {operation} `{path}`")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The store has stopped after a failure that it must not go on from.
+    #[error("the store has stopped after a failure, restart the server and look at its log")]
+    Stopped,
+}
+
+impl Error {
+    /// Maps a failure of the file system; a full disk or an exhausted quota is [`Error::Full`].
+    pub(crate) fn io(operation: &'static str, path: &Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        if matches!(source.kind(), StorageFull | QuotaExceeded) {
+            tracing::warn!(operation, path = %path.display(), "the disk is full");
+            return Self::Full;
+        }
+        Self::Io {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(crate) fn damaged(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Damaged {
+            path: path.to_owned(),
+            problem: problem.into(),
+        }
+    }
+}

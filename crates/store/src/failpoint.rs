@@ -1,0 +1,83 @@
+//! Named points at which a test kills the process.
+//!
+//! With the feature `failpoints`, `LONGSHORE_FAILPOINT=name` or `name:n` makes the process kill itself
+//! (SIGKILL) the n-th time it passes the point. Without the feature a point is nothing at all.
+
+/// Every point, in the order in which a push passes them.
+pub(crate) const NAMES: &[&str] = &[
+    "upload.before_row",
+    "upload.after_row",
+    "upload.before_spill",
+    "upload.after_spill_row",
+    "upload.after_create",
+    "upload.after_write",
+    "upload.before_sync",
+    "upload.after_sync",
+    "upload.after_entry_sync",
+    "upload.before_record",
+    "upload.in_record",
+    "upload.after_record",
+    "commit.before_sync",
+    "commit.after_sync",
+    "commit.after_entry_sync",
+    "commit.before_transaction",
+    "commit.after_upload_row",
+    "commit.after_blob_row",
+    "commit.after_lease",
+    "commit.after_transaction",
+    "manifest.before_transaction",
+    "manifest.after_references",
+    "manifest.after_row",
+    "manifest.after_edges",
+    "manifest.after_tags",
+    "manifest.after_event",
+    "manifest.after_audit",
+    "manifest.after_transaction",
+    "tag.before_set",
+    "tag.after_row",
+    "tag.after_history",
+    "delete.before_rows",
+    "delete.after_rows",
+    "sql.before_commit",
+    "sql.after_commit",
+    "outbox.before_remove",
+    "outbox.after_remove",
+    "outbox.after_entry_sync",
+    "outbox.after_rows",
+    "audit.before_seal",
+    "audit.after_seal",
+];
+
+/// Passes the point of this name.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub(crate) fn failpoint(_name: &str) {}
+
+/// Passes the point of this name.
+#[cfg(feature = "failpoints")]
+pub(crate) fn failpoint(name: &str) {
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    static ARMED: OnceLock<Option<(String, u64)>> = OnceLock::new();
+    static PASSED: AtomicU64 = AtomicU64::new(0);
+
+    debug_assert!(
+        NAMES.contains(&name),
+        "`{name}` is not in the list of failpoints"
+    );
+    let armed = ARMED.get_or_init(|| {
+        let text = std::env::var("LONGSHORE_FAILPOINT").ok()?;
+        match text.split_once(':') {
+            Some((name, count)) => Some((name.to_owned(), count.parse().ok()?)),
+            None => Some((text, 1)),
+        }
+    });
+    if let Some((armed, count)) = armed
+        && armed == name
+        && PASSED.fetch_add(1, Ordering::SeqCst) + 1 == *count
+    {
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}

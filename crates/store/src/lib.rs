@@ -1,0 +1,68 @@
+//! The metadata database and the blob store: uploads, manifests, tags, leases, events, audit.
+//!
+//! The key decision: **the database is the only truth**. Blobs are opaque, immutable objects under random keys
+//! that are never used twice, and the database maps digests to keys. An object has a row before its first byte
+//! and until after its deletion (`I6`), so nothing is ever listed to find out what exists, a start costs the same
+//! at any size (`I10`), and a collector and a repeated push can never meet on one name (`I5`).
+//!
+//! An answer leaves after the COMMIT that makes it true. Bytes are durable before the row that tells of them; a
+//! failed sync is never repeated as if nothing had happened: the upload it belongs to is expired, and when it is the
+//! database's own the store stops ([`Error::Stopped`], [`Store::stopped`]).
+//!
+//! One small SQL layer serves SQLite, which the embedded mode uses, and PostgreSQL: every statement is written once,
+//! in the room that owns its table. Reads write nothing.
+//!
+//! What it does not do yet: collect content. What is deleted is gone from every answer, and its candidate waits in
+//! the queue, but its bytes keep their space; only objects of uploads that ended without a blob, or with one that
+//! was there already, are removed. It knows no HTTP, judges no rights, and parses no manifest: callers pass the
+//! parsed view beside the exact bytes.
+
+mod audit;
+mod blob;
+mod clock;
+mod collect;
+mod directory;
+mod error;
+mod event;
+mod failpoint;
+mod lease;
+mod manifest;
+mod meta;
+mod model;
+mod referrer;
+mod repository;
+mod sql;
+mod store;
+mod tag;
+mod upload;
+mod usage;
+mod verify;
+
+pub use clock::Timestamp;
+pub use error::Error;
+pub use model::{
+    Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
+    Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
+    TagWrite, TokenKey, UploadId, VerifyReport,
+};
+pub use store::Store;
+pub use upload::writer::UploadWriter;
+pub use verify::{verify_audit, verify_store};
+
+/// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
+/// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
+pub fn failpoints() -> &'static [&'static str] {
+    failpoint::NAMES
+}
+
+/// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that
+/// the contract tests can show that none was left out.
+#[doc(hidden)]
+pub fn statement_coverage() -> Vec<(&'static str, bool, bool)> {
+    sql::registry()
+        .map(|statement| {
+            let (sqlite, postgres) = statement.ran();
+            (statement.name, sqlite, postgres)
+        })
+        .collect()
+}

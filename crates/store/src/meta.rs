@@ -1,0 +1,95 @@
+//! Facts about the store itself: the epoch of its events and the keys that sign tokens.
+
+use crate::clock::random_name;
+use crate::error::Error;
+use crate::model::TokenKey;
+use crate::sql::{Body, Db, Tx, statements};
+
+statements! {
+    GET = "SELECT value FROM meta WHERE key = $1";
+    PUT = "INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING";
+    PING = "SELECT value FROM meta WHERE key = 'schema'";
+    KEYS = "SELECT id, secret FROM token_key ORDER BY created_at DESC, id";
+    ADD_KEY = "INSERT INTO token_key (id, secret, created_at) VALUES ($1, $2, $3)";
+    LOCK = "SELECT value FROM meta WHERE key = 'epoch' {for update}";
+}
+
+/// The epoch, made when the store is new.
+pub(crate) async fn epoch(db: &Db) -> Result<String, Error> {
+    db.write(Epoch {
+        fresh: random_name()?,
+    })
+    .await
+}
+
+struct Epoch {
+    fresh: String,
+}
+
+impl Body for Epoch {
+    type Output = String;
+
+    async fn run(&self, tx: &mut Tx) -> Result<String, Error> {
+        tx.execute(&PUT, &["epoch".into(), (&self.fresh).into()])
+            .await?;
+        tx.query_opt(&GET, &["epoch".into()])
+            .await?
+            .ok_or_else(|| Error::Database("the epoch is missing".to_owned()))?
+            .text(0)
+    }
+}
+
+pub(crate) async fn ping(db: &Db) -> Result<(), Error> {
+    db.read(&PING, &[]).await.map(drop)
+}
+
+/// The signing keys, the newest first; one is made when there is none.
+pub(crate) async fn token_keys(db: &Db) -> Result<Vec<TokenKey>, Error> {
+    let keys = read_keys(db.read(&KEYS, &[]).await?)?;
+    if !keys.is_empty() {
+        return Ok(keys);
+    }
+    let mut secret = vec![0; 32];
+    getrandom::fill(&mut secret)
+        .map_err(|error| Error::Database(format!("no randomness: {error}")))?;
+    let mut id = random_name()?;
+    id.truncate(16);
+    db.write(MakeKey(TokenKey { id, secret })).await
+}
+
+struct MakeKey(TokenKey);
+
+impl Body for MakeKey {
+    type Output = Vec<TokenKey>;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Vec<TokenKey>, Error> {
+        // The lock makes replicas that start together agree on one key.
+        tx.query(&LOCK, &[]).await?;
+        let keys = read_keys(tx.query(&KEYS, &[]).await?)?;
+        if !keys.is_empty() {
+            return Ok(keys);
+        }
+        let now = tx.now();
+        tx.execute(
+            &ADD_KEY,
+            &[
+                (&self.0.id).into(),
+                self.0.secret.clone().into(),
+                now.into(),
+            ],
+        )
+        .await?;
+        Ok(vec![self.0.clone()])
+    }
+}
+
+fn read_keys(rows: Vec<crate::sql::Row>) -> Result<Vec<TokenKey>, Error> {
+    rows.iter()
+        .map(|row| {
+            Ok(TokenKey {
+                id: row.text(0)?,
+                secret: row.bytes(1)?,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,273 @@
+//! The values that go in and out of a store.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::{Descriptor, Digest, RepositoryName, Tag};
+
+use crate::clock::Timestamp;
+
+/// Settings of an embedded store.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long an uploaded blob is kept without a manifest (24 h).
+    pub lease: Duration,
+    /// How long an upload without activity is kept (24 h).
+    pub upload_expiry: Duration,
+    /// How long a writer may send nothing before it loses its claim (30 s).
+    pub claim_idle: Duration,
+    /// How long events are kept (7 days).
+    pub event_retention: Duration,
+    /// Blobs up to this many bytes live in their row (16 KiB).
+    pub inline_limit: u64,
+    /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
+    pub allow_sparse: bool,
+}
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_hours(24),
+            upload_expiry: Duration::from_hours(24),
+            claim_idle: Duration::from_secs(30),
+            event_retention: Duration::from_hours(7 * 24),
+            inline_limit: 16 * 1024,
+            allow_sparse: false,
+        }
+    }
+}
+
+/// Who does something and in which request; goes into tag history, events and audit rows.
+#[derive(Clone, Debug)]
+pub struct Actor {
+    /// `user:alice`, `anonymous`, `agent:host1`.
+    pub principal: String,
+    /// The request id.
+    pub request: String,
+    /// The caller's address.
+    pub address: String,
+}
+
+/// The id of an upload as it stands in `Location`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct UploadId(pub String);
+
+/// What HEAD of a blob tells.
+#[derive(Clone, Debug)]
+pub struct BlobInfo {
+    /// Length in bytes.
+    pub size: u64,
+}
+
+/// A blob open for reading: one database query was made, the bytes come from the row or one object.
+#[derive(Debug)]
+pub struct Blob {
+    /// Length in bytes.
+    pub size: u64,
+    /// Where the bytes are.
+    pub content: BlobContent,
+}
+/// Where a blob's bytes are.
+#[derive(Debug)]
+pub enum BlobContent {
+    /// In the row.
+    Inline(Bytes),
+    /// In a file of exactly `size` bytes, open for reading, immutable.
+    File(std::fs::File),
+}
+/// A manifest as it was pushed.
+#[derive(Clone, Debug)]
+pub struct StoredManifest {
+    /// Its digest.
+    pub digest: Digest,
+    /// The media type to serve it with.
+    pub media_type: String,
+    /// The exact bytes.
+    pub body: Bytes,
+}
+
+/// What a tag's state must be for a write to happen (compare-and-set).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Expected {
+    /// Anything.
+    #[default]
+    Any,
+    /// The tag must not exist (`If-None-Match: *`).
+    Absent,
+    /// The tag must point to one of these digests (`If-Match`).
+    Digest(Vec<Digest>),
+}
+
+/// A manifest PUT.
+#[derive(Clone, Debug)]
+pub struct PutManifest {
+    /// Where to.
+    pub repository: RepositoryName,
+    /// The digest of `body`, already verified.
+    pub digest: Digest,
+    /// The exact bytes.
+    pub body: Bytes,
+    /// The parsed view of `body`.
+    pub view: oci::Manifest,
+    /// Tags to set, each with what may be there and whether an existing one may be overwritten.
+    pub tags: Vec<TagWrite>,
+    /// Who.
+    pub actor: Actor,
+}
+/// One tag of a PUT.
+#[derive(Clone, Debug)]
+pub struct TagWrite {
+    /// The tag.
+    pub tag: Tag,
+    /// What must be there before.
+    pub expected: Expected,
+    /// The caller may create this tag.
+    pub may_create: bool,
+    /// The caller may move this tag when it points elsewhere. Setting it to the same digest needs neither right.
+    pub may_overwrite: bool,
+}
+/// What a PUT did.
+#[derive(Clone, Debug)]
+pub struct PutOutcome {
+    /// The subject's digest, when the manifest has one.
+    pub subject: Option<Digest>,
+    /// The manifest was not there before.
+    pub created: bool,
+    /// The event number of the commit (0 when nothing changed).
+    pub event: i64,
+}
+/// A tag's state.
+#[derive(Clone, Debug)]
+pub struct TagState {
+    /// Where it points.
+    pub digest: Digest,
+    /// Rises with each move.
+    pub generation: i64,
+    /// When it moved last.
+    pub updated_at: Timestamp,
+}
+/// One move in a tag's history.
+#[derive(Clone, Debug)]
+pub struct TagMove {
+    /// The generation that this move made.
+    pub generation: i64,
+    /// The new digest; `None`: deleted.
+    pub digest: Option<Digest>,
+    /// Who.
+    pub actor: String,
+    /// When.
+    pub at: Timestamp,
+}
+/// One referrer.
+#[derive(Clone, Debug)]
+pub struct Referrer {
+    /// Position for paging.
+    pub cursor: i64,
+    /// Its descriptor with `artifactType` and annotations.
+    pub descriptor: Descriptor,
+}
+/// What positions of the event stream exist.
+#[derive(Clone, Copy, Debug)]
+pub struct EventBounds {
+    /// Numbers above this one are kept; resuming from a smaller one is a reset.
+    pub pruned: i64,
+    /// The newest number.
+    pub newest: i64,
+}
+/// One event of the outbox.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Its public number.
+    pub number: i64,
+    /// What happened.
+    pub kind: EventKind,
+    /// Where.
+    pub repository: RepositoryName,
+    /// The tag, for tag events.
+    pub tag: Option<Tag>,
+    /// The digest (of a deleted tag: what it pointed to).
+    pub digest: Digest,
+    /// The digest before, for a tag that moved.
+    pub previous: Option<Digest>,
+    /// The media type of the manifest.
+    pub media_type: String,
+    /// The artifact type.
+    pub artifact_type: Option<String>,
+    /// The subject, for a referrer.
+    pub subject: Option<Digest>,
+    /// Who.
+    pub actor: String,
+    /// When.
+    pub at: Timestamp,
+}
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// A manifest was pushed (its digest was new in the repository).
+    ManifestPushed,
+    /// A manifest was deleted.
+    ManifestDeleted,
+    /// A tag was created or moved.
+    TagUpdated,
+    /// A tag was deleted.
+    TagDeleted,
+}
+/// An audit row.
+#[derive(Clone, Debug)]
+pub struct AuditEntry {
+    /// Who.
+    pub actor: Actor,
+    /// What, such as `login` or `push`.
+    pub action: String,
+    /// On what.
+    pub target: String,
+    /// `allowed`, `denied`, `failed`.
+    pub outcome: String,
+}
+/// A key that signs tokens.
+#[derive(Clone)]
+pub struct TokenKey {
+    /// The key id (`kid`).
+    pub id: String,
+    /// The secret.
+    pub secret: Vec<u8>,
+}
+
+impl std::fmt::Debug for TokenKey {
+    /// Never shows the secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TokenKey")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+/// Totals.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Statistics {
+    /// Repositories.
+    pub repositories: u64,
+    /// Distinct blobs.
+    pub blobs: u64,
+    /// Their bytes.
+    pub blob_bytes: u64,
+    /// Manifests.
+    pub manifests: u64,
+    /// Tags.
+    pub tags: u64,
+    /// Open uploads.
+    pub uploads: u64,
+    /// Objects waiting for their physical deletion.
+    pub pending_deletions: u64,
+}
+
+/// What `verify-store` found. Offline, or read-only beside a running server.
+#[derive(Clone, Debug, Default)]
+pub struct VerifyReport {
+    /// Rows and objects looked at.
+    pub blobs: u64,
+    /// Bytes re-hashed.
+    pub bytes: u64,
+    /// Manifests whose bytes, edges and tags were checked.
+    pub manifests: u64,
+    /// What is wrong, one sentence each.
+    pub problems: Vec<String>,
+}

@@ -1,0 +1,205 @@
+//! One thin layer over two engines: SQLite in the process and PostgreSQL.
+//!
+//! Every statement is written once, as a [`Statement`] in the room that owns its table, in the dialect that
+//! both engines share: parameters are `$1`, `$2` … by number, values are integers, text, bytes or NULL. Three
+//! named fragments stand for row locks, which SQLite, whose single writer is the lock, does not need.
+//!
+//! A transaction is a [`Body`]: a value with a function that can run again. It awaits only its [`Tx`], so
+//! SQLite's writer thread can poll it once, and PostgreSQL can repeat it after a conflict.
+
+mod migration;
+mod postgres;
+mod sqlite;
+mod statement;
+mod value;
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::clock::{Clock, Timestamp};
+use crate::error::Error;
+
+pub(crate) use migration::MIGRATIONS;
+pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
+pub(crate) use statement::{Statement, registry, statements};
+pub(crate) use value::{Row, Value};
+
+/// The database of a store.
+pub(crate) enum Db {
+    Sqlite(sqlite::Sqlite),
+    Postgres(postgres::Postgres),
+}
+
+impl Db {
+    /// Opens or makes the SQLite database at `path` and migrates it.
+    pub(crate) fn open_sqlite(path: &Path, make: bool, context: Context) -> Result<Self, Error> {
+        sqlite::Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
+    }
+
+    /// Connects to PostgreSQL and migrates the schema.
+    pub(crate) async fn open_postgres(url: &str, context: Context) -> Result<Self, Error> {
+        postgres::Postgres::open(url, MIGRATIONS, context)
+            .await
+            .map(Self::Postgres)
+    }
+
+    /// Runs one transaction. The answer comes after its COMMIT; an error of the body rolls it back.
+    ///
+    /// Cancel safety: when the caller goes away the transaction still runs to its end.
+    pub(crate) async fn write<B: Body>(&self, body: B) -> Result<B::Output, Error> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.write(body).await,
+            Self::Postgres(postgres) => postgres.write(body).await,
+        }
+    }
+
+    /// Runs one statement that looks up a few rows by a key; SQLite answers it inline.
+    pub(crate) async fn read(
+        &self,
+        statement: &'static Statement,
+        values: &[Value],
+    ) -> Result<Vec<Row>, Error> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.read(statement, values),
+            Self::Postgres(postgres) => postgres.read(statement, values).await,
+        }
+    }
+
+    /// Runs one reading statement that may walk many rows, away from the caller's thread.
+    pub(crate) async fn scan(
+        &self,
+        statement: &'static Statement,
+        values: Vec<Value>,
+    ) -> Result<Vec<Row>, Error> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.scan(statement, values).await,
+            Self::Postgres(postgres) => postgres.read(statement, &values).await,
+        }
+    }
+
+    /// Waits until the database has stopped after a failure of its own.
+    pub(crate) async fn stopped(&self) {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.stopped().await,
+            Self::Postgres(_) => std::future::pending().await,
+        }
+    }
+
+    /// Finishes what is queued and closes the files. Later calls are refused.
+    pub(crate) async fn close(&self) -> Result<(), Error> {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.close().await,
+            Self::Postgres(postgres) => {
+                postgres.close();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What every transaction needs beside the database: the time, ids, and whom a commit wakes.
+#[derive(Clone)]
+pub(crate) struct Context {
+    pub(crate) clock: Arc<Clock>,
+    pub(crate) signal: Arc<watch::Sender<i64>>,
+}
+
+impl Context {
+    /// Called after a COMMIT that wrote the event of this number: the commit itself wakes the readers,
+    /// whether or not whoever asked for it still waits.
+    fn committed(&self, event: i64) {
+        if event > 0 {
+            self.signal.send_if_modified(|newest| {
+                let higher = event > *newest;
+                *newest = event.max(*newest);
+                higher
+            });
+        }
+    }
+}
+
+/// One transaction as a value. `run` may be called again on the same value, and it awaits only `tx`.
+pub(crate) trait Body: Send + Sync + 'static {
+    type Output: Send + 'static;
+
+    fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// A transaction that is running.
+pub(crate) struct Tx {
+    connection: Connection,
+    context: Context,
+    now: Timestamp,
+    event: i64,
+}
+
+enum Connection {
+    Sqlite(Box<rusqlite::Connection>),
+    Postgres(Box<postgres::Session>),
+}
+
+impl Tx {
+    fn new(connection: Connection, context: Context) -> Self {
+        let now = context.clock.now();
+        Self {
+            connection,
+            context,
+            now,
+            event: 0,
+        }
+    }
+
+    /// The time of this transaction.
+    pub(crate) fn now(&self) -> Timestamp {
+        self.now
+    }
+
+    /// A new row id.
+    pub(crate) fn id(&self) -> i64 {
+        self.context.clock.id()
+    }
+
+    /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.
+    pub(crate) fn note_event(&mut self, number: i64) {
+        self.event = self.event.max(number);
+    }
+
+    /// Runs a statement and returns its rows.
+    pub(crate) async fn query(
+        &mut self,
+        statement: &'static Statement,
+        values: &[Value],
+    ) -> Result<Vec<Row>, Error> {
+        match &mut self.connection {
+            Connection::Sqlite(connection) => sqlite::query(connection, statement, values),
+            Connection::Postgres(session) => session.query(statement, values).await,
+        }
+    }
+
+    /// Runs a statement that gives at most one row.
+    pub(crate) async fn query_opt(
+        &mut self,
+        statement: &'static Statement,
+        values: &[Value],
+    ) -> Result<Option<Row>, Error> {
+        Ok(self.query(statement, values).await?.into_iter().next())
+    }
+
+    /// Runs a statement that gives no rows and returns how many it changed.
+    pub(crate) async fn execute(
+        &mut self,
+        statement: &'static Statement,
+        values: &[Value],
+    ) -> Result<u64, Error> {
+        match &mut self.connection {
+            Connection::Sqlite(connection) => sqlite::execute(connection, statement, values),
+            Connection::Postgres(session) => session.execute(statement, values).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

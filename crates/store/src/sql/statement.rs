@@ -1,0 +1,111 @@
+//! Statements: written once, prepared and executed on both engines.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// One SQL text for both engines.
+///
+/// The fragments in braces (`{for update}`, `{for key share}`, `{skip locked}` …) stand for PostgreSQL's row locks and for nothing on
+/// SQLite.
+pub(crate) struct Statement {
+    pub(crate) name: &'static str,
+    text: &'static str,
+    sqlite: OnceLock<String>,
+    postgres: OnceLock<String>,
+    ran_on_sqlite: AtomicBool,
+    ran_on_postgres: AtomicBool,
+}
+
+impl Statement {
+    pub(crate) const fn new(name: &'static str, text: &'static str) -> Self {
+        Self {
+            name,
+            text,
+            sqlite: OnceLock::new(),
+            postgres: OnceLock::new(),
+            ran_on_sqlite: AtomicBool::new(false),
+            ran_on_postgres: AtomicBool::new(false),
+        }
+    }
+
+    /// The text for SQLite. `$3` would be bound there by its first appearance, `?3` is bound by number.
+    pub(super) fn sqlite(&self) -> &str {
+        self.sqlite.get_or_init(|| {
+            let mut text = self.text.replace('$', "?");
+            for (fragment, _) in FRAGMENTS {
+                text = text.replace(fragment, "");
+            }
+            text
+        })
+    }
+
+    /// The text for PostgreSQL.
+    pub(super) fn postgres(&self) -> &str {
+        self.postgres.get_or_init(|| {
+            let mut text = self.text.to_owned();
+            for (fragment, lock) in FRAGMENTS {
+                text = text.replace(fragment, lock);
+            }
+            text
+        })
+    }
+
+    pub(super) fn mark_sqlite(&self) {
+        self.ran_on_sqlite.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn mark_postgres(&self) {
+        self.ran_on_postgres.store(true, Ordering::Relaxed);
+    }
+
+    /// On which engines this statement has run in this process.
+    pub(crate) fn ran(&self) -> (bool, bool) {
+        (
+            self.ran_on_sqlite.load(Ordering::Relaxed),
+            self.ran_on_postgres.load(Ordering::Relaxed),
+        )
+    }
+}
+
+/// Declares the statements of a room and its list `STATEMENTS`, so that none can be forgotten.
+macro_rules! statements {
+    ($($(#[$meta:meta])* $name:ident = $text:expr;)*) => {
+        $(
+            $(#[$meta])*
+            static $name: $crate::sql::Statement =
+                $crate::sql::Statement::new(concat!(module_path!(), "::", stringify!($name)), $text);
+        )*
+        pub(crate) static STATEMENTS: &[&$crate::sql::Statement] = &[$(&$name),*];
+    };
+}
+pub(crate) use statements;
+
+/// Every statement of every room.
+pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
+    [
+        crate::audit::STATEMENTS,
+        crate::blob::STATEMENTS,
+        crate::collect::STATEMENTS,
+        crate::event::STATEMENTS,
+        crate::lease::STATEMENTS,
+        crate::manifest::STATEMENTS,
+        crate::meta::STATEMENTS,
+        crate::referrer::STATEMENTS,
+        crate::repository::STATEMENTS,
+        crate::tag::STATEMENTS,
+        crate::upload::STATEMENTS,
+        crate::usage::STATEMENTS,
+        crate::verify::STATEMENTS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
+}
+
+const FRAGMENTS: [(&str, &str); 5] = [
+    ("{for update of rb}", "FOR UPDATE OF rb"),
+    ("{for key share of rb}", "FOR KEY SHARE OF rb"),
+    ("{for update}", "FOR UPDATE"),
+    ("{for key share}", "FOR KEY SHARE"),
+    ("{skip locked}", "FOR UPDATE SKIP LOCKED"),
+];

@@ -1,0 +1,384 @@
+//! Tags: the one room that writes them.
+//!
+//! Every route that creates, moves or deletes a tag passes [`set`] or [`remove`] inside the transaction of
+//! its change, with what may be there before (`I13`). Each move is kept as history, raises the generation
+//! and is an event. Gates on moves belong here and nowhere else.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use oci::{Digest, Manifest, RepositoryName, Tag};
+
+use crate::error::Error;
+use crate::event::{self, NewEvent};
+use crate::failpoint::failpoint;
+use crate::model::{Actor, EventKind, Expected, TagMove, TagState, TagWrite};
+use crate::repository::{self, Place};
+use crate::sql::{Body, Db, Tx, statements};
+use crate::{audit, lease, manifest, referrer};
+
+statements! {
+    TAKE = "SELECT manifest_id, generation FROM tag WHERE repository_id = $1 AND name = $2 {for update}";
+    ADD = "INSERT INTO tag (repository_id, name, manifest_id, generation, updated_at, updated_by) \
+           VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (repository_id, name) DO NOTHING RETURNING generation";
+    MOVE = "UPDATE tag SET manifest_id = $3, generation = $4, updated_at = $5, updated_by = $6 \
+            WHERE repository_id = $1 AND name = $2";
+    REMOVE = "DELETE FROM tag WHERE repository_id = $1 AND name = $2";
+    LAST_GENERATION = "SELECT COALESCE(MAX(generation), 0) AS generation FROM tag_event \
+                       WHERE repository_id = $1 AND name = $2";
+    ADD_HISTORY = "INSERT INTO tag_event (repository_id, name, generation, digest, actor, request, at) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7)";
+    OF_MANIFEST = "SELECT name FROM tag WHERE manifest_id = $1 ORDER BY name {for update}";
+    FIND = "SELECT m.digest, t.generation, t.updated_at FROM repository r \
+            JOIN tag t ON t.repository_id = r.id JOIN manifest m ON m.id = t.manifest_id \
+            WHERE r.name = $1 AND t.name = $2";
+    LIST = "SELECT t.name FROM repository r JOIN tag t ON t.repository_id = r.id \
+            WHERE r.name = $1 AND t.name > $2 ORDER BY t.name LIMIT $3";
+    HISTORY = "SELECT e.generation, e.digest, e.actor, e.at FROM repository r \
+               JOIN tag_event e ON e.repository_id = r.id \
+               WHERE r.name = $1 AND e.name = $2 AND e.generation < $3 \
+               ORDER BY e.generation DESC LIMIT $4";
+    COUNT = "SELECT COUNT(*) FROM tag";
+}
+
+/// What a tag is set to.
+pub(crate) struct Target<'a> {
+    pub(crate) manifest: i64,
+    pub(crate) digest: &'a Digest,
+    pub(crate) size: u64,
+    pub(crate) view: &'a Manifest,
+}
+
+/// Who changes which repository, and how long the lease of what is left behind lasts.
+pub(crate) struct Change<'a> {
+    pub(crate) place: Place,
+    pub(crate) repository: &'a RepositoryName,
+    pub(crate) actor: &'a Actor,
+    pub(crate) lease: Duration,
+}
+
+/// Creates or moves a tag. Nothing happens, and no right is needed, when it is there already.
+///
+/// An evidence tag needs no right beyond the push: it may be created, and moved to a manifest that names all
+/// that the old one names. Only a caller who may overwrite tags can make it smaller.
+pub(crate) async fn set(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    target: &Target<'_>,
+    write: &TagWrite,
+    events: &mut Vec<NewEvent>,
+) -> Result<(), Error> {
+    failpoint("tag.before_set");
+    let tag = &write.tag;
+    let repository = change.place.repository;
+    let evidence = tag.subject().is_some();
+    // A tag that somebody else creates between our look and our insert is looked at once more.
+    for _ in 0..MAX_ROUNDS {
+        let current = take(tx, repository, tag).await?;
+        check(&write.expected, tag, current.as_ref())?;
+        let generation = match &current {
+            Some(current) if current.digest == *target.digest => return Ok(()),
+            Some(current) => {
+                let allowed = write.may_overwrite
+                    || (evidence && grows(tx, current.manifest, target.view).await?);
+                if !allowed {
+                    return Err(Error::TagImmutable { tag: tag.clone() });
+                }
+                current.generation + 1
+            }
+            None => {
+                if !write.may_create && !evidence {
+                    return Err(Error::TagCreateDenied { tag: tag.clone() });
+                }
+                last_generation(tx, repository, tag).await? + 1
+            }
+        };
+        let now = tx.now();
+        let values = [
+            repository.into(),
+            tag.as_str().into(),
+            target.manifest.into(),
+            generation.into(),
+            now.into(),
+            (&change.actor.principal).into(),
+        ];
+        if current.is_some() {
+            tx.execute(&MOVE, &values).await?;
+        } else if tx.query_opt(&ADD, &values).await?.is_none() {
+            continue;
+        }
+        failpoint("tag.after_row");
+        add_history(tx, change, tag, generation, Some(target.digest)).await?;
+        referrer::link_tag(tx, repository, tag, target.digest, target.size, target.view).await?;
+        if let Some(current) = &current {
+            // I7: the tag was an edge of the manifest that it leaves.
+            lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+        }
+        failpoint("tag.after_history");
+        events.push(NewEvent {
+            kind: EventKind::TagUpdated,
+            repository: change.repository.clone(),
+            tag: Some(tag.clone()),
+            digest: target.digest.clone(),
+            previous: current.map(|current| current.digest),
+            media_type: target.view.media_type.clone(),
+            artifact_type: target.view.listed_artifact_type().map(str::to_owned),
+            subject: target.view.subject.as_ref().map(|s| s.digest.clone()),
+        });
+        return Ok(());
+    }
+    Err(Error::Database(format!(
+        "tag `{}` changes too often, try again",
+        tag.as_str()
+    )))
+}
+
+/// Removes every tag of a manifest that is being deleted.
+pub(crate) async fn remove_all_of(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    manifest: i64,
+    media_type: &str,
+    events: &mut Vec<NewEvent>,
+) -> Result<(), Error> {
+    let mut names = Vec::new();
+    for row in tx.query(&OF_MANIFEST, &[manifest.into()]).await? {
+        names.push(row.parse::<Tag>(0)?);
+    }
+    for tag in names {
+        if let Some(current) = take(tx, change.place.repository, &tag).await? {
+            remove(tx, change, &tag, &current, media_type, events).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn remove(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tag: &Tag,
+    current: &Current,
+    media_type: &str,
+    events: &mut Vec<NewEvent>,
+) -> Result<(), Error> {
+    failpoint("delete.before_rows");
+    let repository = change.place.repository;
+    tx.execute(&REMOVE, &[repository.into(), tag.as_str().into()])
+        .await?;
+    add_history(tx, change, tag, current.generation + 1, None).await?;
+    // I7: the tag was an edge of the manifest.
+    lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+    failpoint("delete.after_rows");
+    events.push(NewEvent {
+        kind: EventKind::TagDeleted,
+        repository: change.repository.clone(),
+        tag: Some(tag.clone()),
+        digest: current.digest.clone(),
+        previous: None,
+        media_type: media_type.to_owned(),
+        artifact_type: None,
+        subject: None,
+    });
+    Ok(())
+}
+
+/// Deletes one tag by name.
+pub(crate) struct Delete {
+    pub(crate) repository: RepositoryName,
+    pub(crate) tag: Tag,
+    pub(crate) expected: Expected,
+    pub(crate) actor: Actor,
+    pub(crate) lease: Duration,
+}
+
+impl Body for Delete {
+    type Output = ();
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let unknown = || Error::ManifestUnknown(self.tag.as_str().to_owned());
+        let Some(place) = repository::find(tx, &self.repository).await? else {
+            check(&self.expected, &self.tag, None)?;
+            return Err(unknown());
+        };
+        let current = take(tx, place.repository, &self.tag).await?;
+        check(&self.expected, &self.tag, current.as_ref())?;
+        let current = current.ok_or_else(unknown)?;
+        let change = Change {
+            place,
+            repository: &self.repository,
+            actor: &self.actor,
+            lease: self.lease,
+        };
+        let media_type = manifest::media_type(tx, current.manifest).await?;
+        let mut events = Vec::new();
+        remove(tx, &change, &self.tag, &current, &media_type, &mut events).await?;
+        event::write(tx, &events, &self.actor).await?;
+        let target = format!("{}:{}", self.repository.as_str(), self.tag.as_str());
+        audit::allowed(tx, &self.actor, "tag.delete", target).await
+    }
+}
+
+struct Current {
+    manifest: i64,
+    generation: i64,
+    digest: Digest,
+}
+
+/// Reads and locks a tag. Where it points is read in a new statement after the lock: a statement that had to
+/// wait sees the moved row, but not yet the manifest that came with the move.
+async fn take(tx: &mut Tx, repository: i64, tag: &Tag) -> Result<Option<Current>, Error> {
+    let row = tx
+        .query_opt(&TAKE, &[repository.into(), tag.as_str().into()])
+        .await?;
+    let Some(row) = row else {
+        return Ok(None);
+    };
+    let manifest = row.i64(0)?;
+    Ok(Some(Current {
+        manifest,
+        generation: row.i64(1)?,
+        digest: manifest::digest(tx, manifest).await?,
+    }))
+}
+
+fn check(expected: &Expected, tag: &Tag, current: Option<&Current>) -> Result<(), Error> {
+    let met = match (expected, current) {
+        (Expected::Any, _) | (Expected::Absent, None) => true,
+        (Expected::Digest(digests), Some(current)) => digests.contains(&current.digest),
+        (Expected::Absent, Some(_)) | (Expected::Digest(_), None) => false,
+    };
+    if met {
+        return Ok(());
+    }
+    Err(Error::Precondition {
+        tag: tag.clone(),
+        actual: current.map(|current| current.digest.clone()),
+    })
+}
+
+/// Tells whether the new manifest names every layer and child of the old one.
+async fn grows(tx: &mut Tx, old: i64, new: &Manifest) -> Result<bool, Error> {
+    let body = manifest::body(tx, old).await?;
+    let Ok(old) = Manifest::parse(&body, "") else {
+        return Ok(false);
+    };
+    let new = entries(new);
+    Ok(entries(&old).iter().all(|digest| new.contains(digest)))
+}
+
+fn entries(view: &Manifest) -> BTreeSet<Digest> {
+    view.layers
+        .iter()
+        .flatten()
+        .chain(view.children())
+        .map(|entry| entry.digest.clone())
+        .collect()
+}
+
+/// Generations go on after a deletion, so a name and a generation mean one move for ever.
+async fn last_generation(tx: &mut Tx, repository: i64, tag: &Tag) -> Result<i64, Error> {
+    tx.query_opt(&LAST_GENERATION, &[repository.into(), tag.as_str().into()])
+        .await?
+        .map_or(Ok(0), |row| row.i64(0))
+}
+
+async fn add_history(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tag: &Tag,
+    generation: i64,
+    digest: Option<&Digest>,
+) -> Result<(), Error> {
+    let now = tx.now();
+    tx.execute(
+        &ADD_HISTORY,
+        &[
+            change.place.repository.into(),
+            tag.as_str().into(),
+            generation.into(),
+            digest.into(),
+            (&change.actor.principal).into(),
+            (&change.actor.request).into(),
+            now.into(),
+        ],
+    )
+    .await
+    .map(drop)
+}
+
+pub(crate) async fn find(
+    db: &Db,
+    repository: &RepositoryName,
+    tag: &Tag,
+) -> Result<Option<TagState>, Error> {
+    let rows = db
+        .read(&FIND, &[repository.as_str().into(), tag.as_str().into()])
+        .await?;
+    rows.first()
+        .map(|row| {
+            Ok(TagState {
+                digest: row.digest(0)?,
+                generation: row.i64(1)?,
+                updated_at: row.time(2)?,
+            })
+        })
+        .transpose()
+}
+
+/// One query for a page; a second one only tells an unknown repository from an empty page.
+pub(crate) async fn list(
+    db: &Db,
+    name: &RepositoryName,
+    last: Option<&str>,
+    limit: usize,
+) -> Result<Vec<String>, Error> {
+    let rows = db
+        .scan(
+            &LIST,
+            vec![
+                name.as_str().into(),
+                last.unwrap_or_default().into(),
+                limit.into(),
+            ],
+        )
+        .await?;
+    if rows.is_empty() && !repository::has_content(db, name).await? {
+        return Err(Error::RepositoryUnknown(name.clone()));
+    }
+    rows.iter().map(|row| row.text(0)).collect()
+}
+
+pub(crate) async fn history(
+    db: &Db,
+    repository: &RepositoryName,
+    tag: &Tag,
+    before: Option<i64>,
+    limit: usize,
+) -> Result<Vec<TagMove>, Error> {
+    db.scan(
+        &HISTORY,
+        vec![
+            repository.as_str().into(),
+            tag.as_str().into(),
+            before.unwrap_or(i64::MAX).into(),
+            limit.into(),
+        ],
+    )
+    .await?
+    .iter()
+    .map(|row| {
+        Ok(TagMove {
+            generation: row.i64(0)?,
+            digest: row.opt_digest(1)?,
+            actor: row.text(2)?,
+            at: row.time(3)?,
+        })
+    })
+    .collect()
+}
+
+pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
+    crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
+}
+
+const MAX_ROUNDS: usize = 8;

@@ -1,0 +1,830 @@
+//! What every engine must do. One test per engine runs all of it and then shows that no statement was left out.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::{Algorithm, Descriptor, Digest, Manifest};
+use store::{AuditEntry, Error, EventKind, Expected, Options, Store, TagWrite};
+
+use crate::engine::{
+    Engine, actor, assert_sound, by_digest, by_tag, content, described, image, index, name,
+    postgres, push_blob, push_image, push_in_pieces, put, put_of, read_blob, sqlite, tag, write_of,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
+    let options = || Options {
+        allow_sparse: false,
+        ..Options::default()
+    };
+    for engine in [sqlite(options()).await, postgres(options()).await] {
+        let store = &engine.store;
+        blobs_come_and_go(store).await;
+        blobs_are_mounted_with_leases(store).await;
+        manifests_are_one_transaction(store).await;
+        indexes_hold_their_children(store).await;
+        tags_have_one_door(store).await;
+        evidence_is_an_edge_of_its_subject(store).await;
+        referrers_are_listed(store).await;
+        events_are_numbered(store).await;
+        usage_and_totals_add_up(store).await;
+        sixteen_clients(store).await;
+        assert_sound(store).await;
+        uploads_end(store).await;
+        what_was_reported_is_kept(store).await;
+        damage_is_healed(&engine).await;
+        assert_sound(store).await;
+        engine.store.clone().close().await.unwrap();
+    }
+    for engine in [
+        sqlite(Options {
+            allow_sparse: true,
+            ..options()
+        })
+        .await,
+        postgres(Options {
+            allow_sparse: true,
+            ..options()
+        })
+        .await,
+    ] {
+        sparse_edges_are_filled(&engine.store).await;
+        assert_sound(&engine.store).await;
+    }
+    let left_out: Vec<_> = store::statement_coverage()
+        .into_iter()
+        .filter(|(_, sqlite, postgres)| !sqlite || !postgres)
+        .collect();
+    assert!(
+        left_out.is_empty(),
+        "not executed on both engines: {left_out:#?}"
+    );
+}
+
+async fn blobs_come_and_go(store: &Store) {
+    let repository = name("team/blobs");
+    for (seed, length) in [
+        (1, 0),
+        (2, 1),
+        (3, 16 * 1024),
+        (4, 16 * 1024 + 1),
+        (5, 3 << 20),
+    ] {
+        let bytes = content(seed, length);
+        let single = push_blob(store, &repository, &bytes).await;
+        let pieces = push_in_pieces(store, &repository, &bytes, 700_000).await;
+        assert_eq!(single.digest, pieces.digest);
+        let info = store
+            .stat_blob(&repository, &single.digest, false)
+            .await
+            .unwrap();
+        assert_eq!(info.unwrap().size, length as u64);
+        assert_eq!(
+            read_blob(store, &repository, &single.digest).await.unwrap(),
+            bytes
+        );
+    }
+    let digest = Digest::sha256(&content(5, 3 << 20));
+    let other = name("team/other");
+    assert!(store.open_blob(&other, &digest).await.unwrap().is_none());
+    store
+        .delete_blob(&repository, &digest, &actor())
+        .await
+        .unwrap();
+    assert!(
+        store
+            .stat_blob(&repository, &digest, true)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    let again = store.delete_blob(&repository, &digest, &actor()).await;
+    assert!(matches!(again, Err(Error::BlobUnknown(_))));
+}
+
+async fn blobs_are_mounted_with_leases(store: &Store) {
+    let (from, into) = (name("team/from"), name("away/into"));
+    let blob = push_blob(store, &from, &content(20, 100)).await;
+    let mounted = store
+        .mount_blob(&into, &blob.digest, &[name("no/such")], &actor())
+        .await;
+    assert!(!mounted.unwrap());
+    let sources = [name("no/such"), from.clone()];
+    assert!(
+        store
+            .mount_blob(&into, &blob.digest, &sources, &actor())
+            .await
+            .unwrap()
+    );
+    assert_eq!(
+        read_blob(store, &into, &blob.digest).await.unwrap(),
+        content(20, 100)
+    );
+    let holders = store
+        .repositories_with_blob(&blob.digest, 10)
+        .await
+        .unwrap();
+    assert_eq!(holders, [into, from]);
+}
+
+async fn manifests_are_one_transaction(store: &Store) {
+    let repository = name("team/app");
+    let config = push_blob(store, &repository, &content(30, 50)).await;
+    let missing = Descriptor::of("application/octet-stream", b"nobody pushed this");
+    let before = store.event_bounds().await.unwrap();
+    let view = image(&config, std::slice::from_ref(&missing));
+    match put(store, &repository, &view, &["v1"]).await {
+        Err(Error::MissingReferences(digests)) => {
+            assert_eq!(digests, std::slice::from_ref(&missing.digest))
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(store.tag(&repository, &tag("v1")).await.unwrap().is_none());
+    assert!(
+        store
+            .manifest(&repository, &by_digest(&view))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert_eq!(store.event_bounds().await.unwrap().newest, before.newest);
+
+    let foreign = Descriptor {
+        urls: vec!["https://example.com/l".to_owned()],
+        ..missing
+    };
+    let view = image(&config, &[foreign]);
+    let outcome = put(store, &repository, &view, &["v1", "latest"])
+        .await
+        .unwrap();
+    assert!(outcome.created && outcome.event == before.newest + 3);
+    let stored = store
+        .manifest(&repository, &by_tag("v1"))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(stored.body, view.to_bytes());
+    assert_eq!(stored.media_type, view.media_type);
+    assert_eq!(
+        store
+            .manifest(&repository, &by_digest(&view))
+            .await
+            .unwrap()
+            .unwrap()
+            .body,
+        stored.body
+    );
+    let again = put(store, &repository, &view, &["v1", "latest"])
+        .await
+        .unwrap();
+    assert!(!again.created && again.event == 0);
+
+    let in_use = store
+        .delete_blob(&repository, &config.digest, &actor())
+        .await;
+    assert!(matches!(in_use, Err(Error::BlobInUse(_))));
+    assert_eq!(
+        store.tags(&repository, None, 10).await.unwrap(),
+        ["latest", "v1"]
+    );
+    assert_eq!(
+        store.tags(&repository, Some("latest"), 10).await.unwrap(),
+        ["v1"]
+    );
+    let unknown = store.tags(&name("no/such"), None, 10).await;
+    assert!(matches!(unknown, Err(Error::RepositoryUnknown(_))));
+
+    let digest = described(&view).digest;
+    store
+        .delete_manifest(&repository, &digest, &actor())
+        .await
+        .unwrap();
+    assert!(
+        store
+            .manifest(&repository, &by_tag("v1"))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(store.tags(&repository, None, 10).await.unwrap().is_empty());
+    let gone = store.delete_manifest(&repository, &digest, &actor()).await;
+    assert!(matches!(gone, Err(Error::ManifestUnknown(_))));
+    store
+        .delete_blob(&repository, &config.digest, &actor())
+        .await
+        .unwrap();
+}
+
+async fn indexes_hold_their_children(store: &Store) {
+    let repository = name("team/index");
+    let child = push_image(store, &repository, 40, &[]).await;
+    let parent = index(&[described(&child)]);
+    put(store, &repository, &parent, &["multi"]).await.unwrap();
+    let child_digest = described(&child).digest;
+    let in_use = store
+        .delete_manifest(&repository, &child_digest, &actor())
+        .await;
+    assert!(matches!(in_use, Err(Error::ManifestInUse(_))));
+    store
+        .delete_manifest(&repository, &described(&parent).digest, &actor())
+        .await
+        .unwrap();
+    store
+        .delete_manifest(&repository, &child_digest, &actor())
+        .await
+        .unwrap();
+    let missing = put(store, &repository, &parent, &[]).await;
+    assert!(matches!(missing, Err(Error::MissingReferences(_))));
+
+    // An index may name content that is no manifest.
+    let blob = push_blob(store, &repository, &content(41, 64)).await;
+    let mixed = index(std::slice::from_ref(&blob));
+    put(store, &repository, &mixed, &["mixed"]).await.unwrap();
+    let in_use = store.delete_blob(&repository, &blob.digest, &actor()).await;
+    assert!(matches!(in_use, Err(Error::BlobInUse(_))));
+}
+
+async fn tags_have_one_door(store: &Store) {
+    let repository = name("team/tags");
+    let one = push_image(store, &repository, 50, &["prod"]).await;
+    let two = push_image(store, &repository, 51, &[]).await;
+    let (first, second) = (described(&one).digest, described(&two).digest);
+    let write = |expected, may_create, may_overwrite| TagWrite {
+        tag: tag("prod"),
+        expected,
+        may_create,
+        may_overwrite,
+    };
+    let attempt = |write: TagWrite| {
+        let mut put = put_of(&repository, &two, &[]);
+        put.tags = vec![write];
+        store.put_manifest(put)
+    };
+    let refused = attempt(write(Expected::Absent, true, true)).await;
+    assert!(
+        matches!(refused, Err(Error::Precondition { actual: Some(actual), .. }) if actual == first)
+    );
+    let refused = attempt(write(Expected::Digest(vec![second.clone()]), true, true)).await;
+    assert!(matches!(refused, Err(Error::Precondition { .. })));
+    let refused = attempt(write(Expected::Any, true, false)).await;
+    assert!(matches!(refused, Err(Error::TagImmutable { .. })));
+    let mut new = write(Expected::Any, false, true);
+    new.tag = tag("new");
+    assert!(matches!(
+        attempt(new).await,
+        Err(Error::TagCreateDenied { .. })
+    ));
+    let state = store.tag(&repository, &tag("prod")).await.unwrap().unwrap();
+    assert_eq!((&state.digest, state.generation), (&first, 1));
+
+    attempt(write(Expected::Digest(vec![first.clone()]), false, true))
+        .await
+        .unwrap();
+    // To the same digest no right is needed, and nothing happens.
+    let same = attempt(write(Expected::Any, false, false)).await.unwrap();
+    assert_eq!(same.event, 0);
+    let delete = |expected| store.delete_tag(&repository, &TAG_PROD, expected, &ACTOR);
+    let refused = delete(Expected::Digest(vec![first.clone()])).await;
+    assert!(matches!(refused, Err(Error::Precondition { .. })));
+    delete(Expected::Any).await.unwrap();
+    assert!(matches!(
+        delete(Expected::Any).await,
+        Err(Error::ManifestUnknown(_))
+    ));
+    attempt(write(Expected::Absent, true, false)).await.unwrap();
+    let history = store
+        .tag_history(&repository, &tag("prod"), None, 10)
+        .await
+        .unwrap();
+    let moves: Vec<_> = history
+        .iter()
+        .map(|m| (m.generation, m.digest.clone()))
+        .collect();
+    assert_eq!(
+        moves,
+        [
+            (4, Some(second.clone())),
+            (3, None),
+            (2, Some(second)),
+            (1, Some(first))
+        ]
+    );
+    let page = store
+        .tag_history(&repository, &tag("prod"), Some(3), 1)
+        .await
+        .unwrap();
+    assert_eq!(page[0].generation, 2);
+}
+
+static TAG_PROD: std::sync::LazyLock<oci::Tag> = std::sync::LazyLock::new(|| tag("prod"));
+static ACTOR: std::sync::LazyLock<store::Actor> = std::sync::LazyLock::new(actor);
+
+async fn evidence_is_an_edge_of_its_subject(store: &Store) {
+    let repository = name("team/evidence");
+    let subject = push_image(store, &repository, 60, &["v1"]).await;
+    let subject_digest = described(&subject).digest;
+    let signature = format!("sha256-{}.sig", subject_digest.hex());
+    let config = push_blob(store, &repository, &content(61, 10)).await;
+    let a = push_blob(store, &repository, &content(62, 10)).await;
+    let b = push_blob(store, &repository, &content(63, 10)).await;
+    let push_only = |view: &Manifest| {
+        let mut put = put_of(&repository, view, &[]);
+        put.tags = vec![TagWrite {
+            tag: tag(&signature),
+            expected: Expected::Any,
+            may_create: false,
+            may_overwrite: false,
+        }];
+        store.put_manifest(put)
+    };
+    push_only(&image(&config, std::slice::from_ref(&a)))
+        .await
+        .unwrap();
+    push_only(&image(&config, &[a.clone(), b.clone()]))
+        .await
+        .unwrap();
+    // Smaller than before: one signature would be gone.
+    let refused = push_only(&image(&config, &[b])).await;
+    assert!(matches!(refused, Err(Error::TagImmutable { .. })));
+    let listed = store
+        .referrers(&repository, &subject_digest, None, None, 10)
+        .await
+        .unwrap();
+    assert!(
+        listed.is_empty(),
+        "evidence tags are edges, not listed referrers"
+    );
+    store
+        .delete_manifest(&repository, &subject_digest, &actor())
+        .await
+        .unwrap();
+}
+
+async fn referrers_are_listed(store: &Store) {
+    let repository = name("team/referrers");
+    let subject = described(&push_image(store, &repository, 70, &[]).await);
+    let config = push_blob(store, &repository, &Bytes::from_static(b"{}")).await;
+    let mut made = Vec::new();
+    for number in 0..5_u8 {
+        let mut view = image(&config, &[]);
+        view.subject = Some(subject.clone());
+        view.artifact_type = Some(format!("application/vnd.example.{}", number % 2));
+        view.annotations
+            .insert("number".to_owned(), number.to_string());
+        let outcome = put(store, &repository, &view, &[]).await.unwrap();
+        assert_eq!(outcome.subject.as_ref(), Some(&subject.digest));
+        made.push(view);
+    }
+    // A manifest that only a tag-schema index names, pushed by an older client.
+    let mut plain = image(&config, &[]);
+    plain
+        .annotations
+        .insert("number".to_owned(), "old".to_owned());
+    put(store, &repository, &plain, &[]).await.unwrap();
+    let mut entry = described(&plain);
+    entry.artifact_type = Some("application/vnd.example.old".to_owned());
+    let schema = format!("sha256-{}", subject.digest.hex());
+    put(
+        store,
+        &repository,
+        &index(&[described(&made[0]), entry]),
+        &[&schema],
+    )
+    .await
+    .unwrap();
+
+    let all = store
+        .referrers(&repository, &subject.digest, None, None, 100)
+        .await
+        .unwrap();
+    let digests: BTreeSet<_> = all.iter().map(|r| r.descriptor.digest.clone()).collect();
+    let wanted: BTreeSet<_> = made
+        .iter()
+        .chain([&plain])
+        .map(|v| described(v).digest)
+        .collect();
+    assert_eq!(digests, wanted);
+    let first = all
+        .iter()
+        .find(|r| r.descriptor.digest == described(&made[0]).digest)
+        .unwrap();
+    assert_eq!(
+        first.descriptor.annotations["number"], "0",
+        "the index must not hide what the manifest says"
+    );
+    let filtered = store
+        .referrers(
+            &repository,
+            &subject.digest,
+            Some("application/vnd.example.1"),
+            None,
+            100,
+        )
+        .await
+        .unwrap();
+    assert_eq!(filtered.len(), 2);
+    let mut paged = Vec::new();
+    let mut after = None;
+    loop {
+        let page = store
+            .referrers(&repository, &subject.digest, None, after, 2)
+            .await
+            .unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(last.cursor);
+        paged.extend(page.into_iter().map(|r| r.descriptor.digest));
+    }
+    assert_eq!(
+        paged,
+        all.iter()
+            .map(|r| r.descriptor.digest.clone())
+            .collect::<Vec<_>>()
+    );
+
+    let digest = described(&made[1]).digest;
+    store
+        .delete_manifest(&repository, &digest, &actor())
+        .await
+        .unwrap();
+    let left = store
+        .referrers(&repository, &subject.digest, None, None, 100)
+        .await
+        .unwrap();
+    assert_eq!(left.len(), 5);
+
+    // A subject that is not there is accepted and linked.
+    let mut early = image(&config, &[]);
+    early.subject = Some(Descriptor::of(oci::media_type::OCI_MANIFEST, b"later"));
+    put(store, &repository, &early, &[]).await.unwrap();
+    let listed = store
+        .referrers(&repository, &Digest::sha256(b"later"), None, None, 10)
+        .await
+        .unwrap();
+    assert_eq!(listed.len(), 1);
+}
+
+async fn events_are_numbered(store: &Store) {
+    let repository = name("team/events");
+    let mut signal = store.event_signal();
+    let before = store.event_bounds().await.unwrap().newest;
+    assert_eq!(*signal.borrow_and_update(), before);
+    let view = push_image(store, &repository, 80, &["a"]).await;
+    signal.changed().await.unwrap();
+    assert_eq!(*signal.borrow_and_update(), before + 2);
+    store
+        .delete_tag(&repository, &tag("a"), Expected::Any, &actor())
+        .await
+        .unwrap();
+    let digest = described(&view).digest;
+    store
+        .delete_manifest(&repository, &digest, &actor())
+        .await
+        .unwrap();
+    let events = store.events_after(before, 100).await.unwrap();
+    let kinds: Vec<_> = events
+        .iter()
+        .map(|event| (event.number - before, event.kind))
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            (1, EventKind::ManifestPushed),
+            (2, EventKind::TagUpdated),
+            (3, EventKind::TagDeleted),
+            (4, EventKind::ManifestDeleted)
+        ]
+    );
+    assert!(
+        events
+            .iter()
+            .all(|event| event.digest == digest && event.actor == "user:alice")
+    );
+    assert_eq!(events[1].tag, Some(tag("a")));
+    assert_eq!(store.events_after(before, 1).await.unwrap().len(), 1);
+    store.ping().await.unwrap();
+    let keys = store.token_keys().await.unwrap();
+    assert_eq!(keys.len(), 1);
+    assert_eq!(store.token_keys().await.unwrap()[0].secret, keys[0].secret);
+    let entry = AuditEntry {
+        actor: actor(),
+        action: "login".to_owned(),
+        target: "\"quoted\" \u{1} text".to_owned(),
+        outcome: "denied".to_owned(),
+    };
+    store.audit(entry).await.unwrap();
+}
+
+async fn usage_and_totals_add_up(store: &Store) {
+    let repository = name("quota/one");
+    let bytes = content(90, 1000);
+    let blob = push_blob(store, &repository, &bytes).await;
+    push_blob(store, &repository, &bytes).await;
+    assert_eq!(store.namespace_usage("quota").await.unwrap(), (1000, 1));
+    store.maintain_once().await.unwrap();
+    assert_eq!(store.namespace_usage("quota").await.unwrap(), (1000, 1));
+    push_blob(store, &name("quota/two"), &bytes).await;
+    assert_eq!(store.namespace_usage("quota").await.unwrap(), (2000, 2));
+    store
+        .delete_blob(&repository, &blob.digest, &actor())
+        .await
+        .unwrap();
+    store.maintain_once().await.unwrap();
+    assert_eq!(store.namespace_usage("quota").await.unwrap(), (1000, 1));
+    assert_eq!(store.namespace_usage("nobody").await.unwrap(), (0, 0));
+
+    let statistics = store.statistics().await.unwrap();
+    assert!(statistics.blobs > 5 && statistics.blob_bytes > 1000);
+    assert!(statistics.manifests > 3 && statistics.tags > 2 && statistics.repositories > 5);
+    let repositories = store.repositories(Some("quota"), 100).await.unwrap();
+    assert!(
+        !repositories.contains(&repository),
+        "it holds nothing any more"
+    );
+    assert!(repositories.contains(&name("quota/two")));
+    assert!(repositories.is_sorted());
+}
+
+/// Sixteen clients push distinct tags of one repository, the same blobs, and race for one tag.
+async fn sixteen_clients(store: &Store) {
+    const CLIENTS: u64 = 16;
+    const ROUNDS: u64 = 6;
+    let repository = name("team/busy");
+    let base = store.event_bounds().await.unwrap().newest;
+    let start = push_image(store, &repository, 100, &["start"]).await;
+    let start_digest = described(&start).digest;
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|client| {
+            let (store, repository) = (store.clone(), repository.clone());
+            let start_digest = start_digest.clone();
+            tokio::spawn(async move {
+                let mut won = 0;
+                for round in 0..ROUNDS {
+                    let own =
+                        push_blob(&store, &repository, &content(client << 32 | round, 500)).await;
+                    let shared =
+                        push_blob(&store, &repository, &content(7_000_000 + round, 30_000)).await;
+                    let view = image(&own, &[shared]);
+                    let text = format!("client-{client}-{round}");
+                    put(&store, &repository, &view, &[&text, "moving"])
+                        .await
+                        .unwrap();
+                    store
+                        .delete_tag(&repository, &tag(&text), Expected::Any, &actor())
+                        .await
+                        .unwrap();
+                    put(&store, &repository, &view, &[&text]).await.unwrap();
+                }
+                let view = image(
+                    &push_blob(&store, &repository, &content(client, 77)).await,
+                    &[],
+                );
+                let mut race = put_of(&repository, &view, &[]);
+                race.tags = vec![TagWrite {
+                    expected: Expected::Digest(vec![start_digest]),
+                    ..write_of("start")
+                }];
+                match store.put_manifest(race).await {
+                    Ok(_) => won += 1,
+                    Err(Error::Precondition { .. }) => {}
+                    Err(other) => panic!("{other}"),
+                }
+                won
+            })
+        })
+        .collect();
+    let mut winners = 0;
+    for client in clients {
+        winners += client.await.unwrap();
+    }
+    assert_eq!(winners, 1);
+    let tags = store.tags(&repository, None, 1000).await.unwrap();
+    assert_eq!(tags.len() as u64, CLIENTS * ROUNDS + 2);
+    let moves = store
+        .tag_history(&repository, &tag("moving"), None, 1000)
+        .await
+        .unwrap();
+    let generations: Vec<_> = moves.iter().map(|m| m.generation).rev().collect();
+    assert_eq!(
+        generations,
+        (1..=generations.len() as i64).collect::<Vec<_>>()
+    );
+    // Every number exactly once, in order.
+    let events = store.events_after(base, 10_000).await.unwrap();
+    let numbers: Vec<_> = events.iter().map(|event| event.number).collect();
+    let newest = store.event_bounds().await.unwrap().newest;
+    assert_eq!(numbers, (base + 1..=newest).collect::<Vec<_>>());
+}
+
+async fn uploads_end(store: &Store) {
+    let repository = name("team/uploads");
+    let start = || async {
+        store
+            .start_upload(&repository, Algorithm::Sha256, &ACTOR)
+            .await
+            .unwrap()
+    };
+    // Cancelled, with an object.
+    let id = start().await;
+    let mut writer = store.claim_upload(&repository, &id).await.unwrap();
+    writer.write(content(110, 100_000)).await.unwrap();
+    let busy = store.cancel_upload(&repository, &id).await;
+    assert!(matches!(busy, Err(Error::UploadBusy { offset: 0 })));
+    writer.record().await.unwrap();
+    assert_eq!(
+        store.upload_offset(&repository, &id).await.unwrap(),
+        100_000
+    );
+    let elsewhere = store.upload_offset(&name("team/other"), &id).await;
+    assert!(matches!(elsewhere, Err(Error::UploadUnknown)));
+    store.cancel_upload(&repository, &id).await.unwrap();
+    let gone = store.upload_offset(&repository, &id).await;
+    assert!(matches!(gone, Err(Error::UploadUnknown)));
+    // Expired, and one that was written to meanwhile.
+    let (old, fresh) = (start().await, start().await);
+    store.advance_clock(Duration::from_hours(20));
+    let mut writer = store.claim_upload(&repository, &fresh).await.unwrap();
+    writer.write(content(111, 10)).await.unwrap();
+    writer.record().await.unwrap();
+    store.advance_clock(Duration::from_hours(5));
+    store.maintain_once().await.unwrap();
+    assert!(matches!(
+        store.upload_offset(&repository, &old).await,
+        Err(Error::UploadUnknown)
+    ));
+    assert_eq!(store.upload_offset(&repository, &fresh).await.unwrap(), 10);
+    let statistics = store.statistics().await.unwrap();
+    assert_eq!((statistics.uploads, statistics.pending_deletions), (1, 0));
+    store.cancel_upload(&repository, &fresh).await.unwrap();
+    // Events that are too old are forgotten, and the bounds say so.
+    let newest = store.event_bounds().await.unwrap().newest;
+    store.advance_clock(Duration::from_hours(24 * 8));
+    store.maintain_once().await.unwrap();
+    let bounds = store.event_bounds().await.unwrap();
+    assert_eq!((bounds.pruned, bounds.newest), (newest, newest));
+    assert!(store.events_after(0, 10).await.unwrap().is_empty());
+}
+
+async fn what_was_reported_is_kept(store: &Store) {
+    let repository = name("team/leases");
+    let blob = push_blob(store, &repository, &content(120, 10)).await;
+    let view = push_image(store, &repository, 121, &[]).await;
+    store.advance_clock(Duration::from_hours(13));
+    assert!(
+        store
+            .stat_blob(&repository, &blob.digest, true)
+            .await
+            .unwrap()
+            .is_some()
+    );
+    let digest = described(&view).digest;
+    assert!(store.renew_manifest(&repository, &digest).await.unwrap());
+    assert!(
+        !store
+            .renew_manifest(&repository, &Digest::sha256(b"x"))
+            .await
+            .unwrap()
+    );
+    assert!(
+        !store
+            .renew_manifest(&name("no/such"), &digest)
+            .await
+            .unwrap()
+    );
+}
+
+async fn sparse_edges_are_filled(store: &Store) {
+    let repository = name("team/sparse");
+    let bytes = content(130, 400);
+    let layer = Descriptor::of("application/octet-stream", &bytes);
+    let child = image(&layer, &[]);
+    let parent = index(&[described(&child)]);
+    put(store, &repository, &parent, &["sparse"]).await.unwrap();
+    put(store, &repository, &child, &[]).await.unwrap();
+    let in_use = store
+        .delete_manifest(&repository, &described(&child).digest, &actor())
+        .await;
+    assert!(matches!(in_use, Err(Error::ManifestInUse(_))));
+    // The check would name an edge that the arrival of the blob did not fill.
+    push_blob(store, &repository, &bytes).await;
+    assert_sound(store).await;
+    let in_use = store
+        .delete_blob(&repository, &layer.digest, &actor())
+        .await;
+    assert!(matches!(in_use, Err(Error::BlobInUse(_))));
+}
+
+async fn damage_is_healed(engine: &Engine) {
+    let store = &engine.store;
+    let repository = name("team/healed");
+    let root = engine.directory.path().join("data/o");
+    let before = files(&root);
+    let bytes = content(140, 50_000);
+    let blob = push_blob(store, &repository, &bytes).await;
+    let object = files(&root).difference(&before).next().unwrap().clone();
+    std::fs::write(&object, b"cut").unwrap();
+    let report = store.verify_open().await.unwrap();
+    assert_eq!(report.problems.len(), 1, "{:?}", report.problems);
+    assert!(store.open_blob(&repository, &blob.digest).await.is_err());
+
+    store.mark_suspect(&blob.digest).await.unwrap();
+    assert!(
+        store
+            .stat_blob(&repository, &blob.digest, true)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(
+        !store
+            .mount_blob(
+                &name("x/y"),
+                &blob.digest,
+                std::slice::from_ref(&repository),
+                &actor()
+            )
+            .await
+            .unwrap()
+    );
+    assert!(store.open_blob(&repository, &blob.digest).await.is_err());
+    let missing = put(store, &repository, &image(&blob, &[]), &[]).await;
+    assert!(matches!(missing, Err(Error::MissingReferences(_))));
+    push_blob(store, &repository, &bytes).await;
+    assert_eq!(
+        read_blob(store, &repository, &blob.digest).await.unwrap(),
+        bytes
+    );
+
+    // What cannot be deleted now stays in the outbox and is tried again.
+    std::fs::remove_file(&object).unwrap();
+    std::fs::create_dir(&object).unwrap();
+    store.maintain_once().await.unwrap();
+    assert_eq!(store.statistics().await.unwrap().pending_deletions, 1);
+    std::fs::remove_dir(&object).unwrap();
+    store.advance_clock(Duration::from_mins(2));
+    store.maintain_once().await.unwrap();
+    assert_eq!(store.statistics().await.unwrap().pending_deletions, 0);
+    assert_sound(store).await;
+}
+
+fn files(root: &std::path::Path) -> BTreeSet<std::path::PathBuf> {
+    let mut found = BTreeSet::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else {
+                found.insert(path);
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn both_schemas_have_the_same_columns() {
+    let sqlite = sqlite(Options::default()).await;
+    let database = sqlite.directory.path().join("data/meta.db");
+    let connection = rusqlite::Connection::open(database).unwrap();
+    let mut statement = connection
+        .prepare(
+            "SELECT t.name, c.name, c.type, c.\"notnull\" FROM sqlite_schema t, pragma_table_info(t.name) c \
+             WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%'",
+        )
+        .unwrap();
+    let ours: BTreeSet<(String, String, String, bool)> = statement
+        .query_map([], |row| {
+            let kind: String = row.get(2)?;
+            let kind = match kind.as_str() {
+                "BIGINT" | "INTEGER" => "bigint",
+                "BLOB" => "bytea",
+                "TEXT" => "text",
+                other => panic!("{other}"),
+            };
+            Ok((row.get(0)?, row.get(1)?, kind.to_owned(), row.get(3)?))
+        })
+        .unwrap()
+        .collect::<Result<_, _>>()
+        .unwrap();
+
+    let postgres = postgres(Options::default()).await;
+    let (client, task) = tokio_postgres::connect(&postgres.url, tokio_postgres::NoTls)
+        .await
+        .unwrap();
+    tokio::spawn(task);
+    let theirs: BTreeSet<(String, String, String, bool)> = client
+        .query(
+            "SELECT table_name::text, column_name::text, data_type::text, is_nullable = 'NO' \
+             FROM information_schema.columns WHERE table_schema = 'public'",
+            &[],
+        )
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| (row.get(0), row.get(1), row.get(2), row.get(3)))
+        .collect();
+    assert!(ours.len() > 80);
+    assert_eq!(ours, theirs);
+}

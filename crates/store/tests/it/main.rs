@@ -1,0 +1,12 @@
+//! The contract of the store, run on both engines.
+
+#[cfg(test)]
+mod contract;
+#[cfg(test)]
+mod directory;
+#[cfg(test)]
+mod engine;
+#[cfg(test)]
+mod postgres;
+#[cfg(test)]
+mod uploads;
