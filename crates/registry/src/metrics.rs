@@ -1,0 +1,221 @@
+//! Metrics in the OpenMetrics text form. No label names a repository or a user: their number is not
+//! bounded.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, Method, Response, StatusCode};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::error::Refusal;
+use crate::serve::body::Body;
+
+/// The meters. Cloning shares them.
+#[derive(Clone)]
+pub(crate) struct Metrics(Arc<Meters>);
+
+struct Meters {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    seconds: Family<RouteLabel, Histogram, fn() -> Histogram>,
+    connections: Gauge,
+    streams: Gauge,
+    sent: Counter,
+    received: Counter,
+    logins: Family<OutcomeLabel, Counter>,
+    panics: Counter,
+    stored: Family<KindLabel, Gauge>,
+    stored_bytes: Gauge,
+    pending_deletions: Gauge,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    method: &'static str,
+    route: &'static str,
+    status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RouteLabel {
+    route: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("longshore");
+        let requests = Family::default();
+        registry.register("http_requests", "Requests answered", requests.clone());
+        let seconds: Family<RouteLabel, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(BUCKETS));
+        registry.register_with_unit(
+            "http_request_duration",
+            "Time from the head of a request to the head of its answer",
+            Unit::Seconds,
+            seconds.clone(),
+        );
+        let connections = Gauge::default();
+        registry.register("connections", "Open connections", connections.clone());
+        let streams = Gauge::default();
+        registry.register("event_streams", "Open event streams", streams.clone());
+        let sent = Counter::default();
+        registry.register_with_unit("sent", "Bytes of answer bodies", Unit::Bytes, sent.clone());
+        let received = Counter::default();
+        registry.register_with_unit(
+            "received",
+            "Bytes of uploads",
+            Unit::Bytes,
+            received.clone(),
+        );
+        let logins = Family::default();
+        registry.register("logins", "Password checks", logins.clone());
+        let panics = Counter::default();
+        registry.register("request_panics", "Requests that panicked", panics.clone());
+        let stored = Family::default();
+        registry.register("stored", "What the store holds", stored.clone());
+        let stored_bytes = Gauge::default();
+        registry.register_with_unit(
+            "stored_blobs",
+            "Bytes of distinct blobs",
+            Unit::Bytes,
+            stored_bytes.clone(),
+        );
+        let pending_deletions = Gauge::default();
+        registry.register(
+            "pending_deletions",
+            "Objects that wait for their physical deletion",
+            pending_deletions.clone(),
+        );
+        Self(Arc::new(Meters {
+            registry,
+            requests,
+            seconds,
+            connections,
+            streams,
+            sent,
+            received,
+            logins,
+            panics,
+            stored,
+            stored_bytes,
+            pending_deletions,
+        }))
+    }
+
+    pub(crate) fn answered(
+        &self,
+        method: &Method,
+        route: &'static str,
+        status: StatusCode,
+        took: Duration,
+    ) {
+        let method = METHODS
+            .iter()
+            .find(|known| **known == method.as_str())
+            .unwrap_or(&"other");
+        let labels = RequestLabels {
+            method,
+            route,
+            status: status.as_u16(),
+        };
+        self.0.requests.get_or_create(&labels).inc();
+        self.0
+            .seconds
+            .get_or_create(&RouteLabel { route })
+            .observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.0.sent.inc_by(bytes);
+    }
+
+    pub(crate) fn received(&self, bytes: u64) {
+        self.0.received.inc_by(bytes);
+    }
+
+    pub(crate) fn login(&self, outcome: &'static str) {
+        self.0.logins.get_or_create(&OutcomeLabel { outcome }).inc();
+    }
+
+    pub(crate) fn panicked(&self) {
+        self.0.panics.inc();
+    }
+
+    /// Counts a connection until the guard is dropped.
+    pub(crate) fn connection(&self) -> Counted {
+        Counted::of(self.0.connections.clone())
+    }
+
+    /// Counts an event stream until the guard is dropped.
+    pub(crate) fn stream(&self) -> Counted {
+        Counted::of(self.0.streams.clone())
+    }
+
+    /// Answers `GET /metrics`.
+    pub(crate) async fn serve(&self, store: &store::Store) -> Result<Response<Body>, Refusal> {
+        let totals = store.statistics().await?;
+        for (kind, count) in [
+            ("repositories", totals.repositories),
+            ("blobs", totals.blobs),
+            ("manifests", totals.manifests),
+            ("tags", totals.tags),
+            ("uploads", totals.uploads),
+        ] {
+            self.0
+                .stored
+                .get_or_create(&KindLabel { kind })
+                .set(count as i64);
+        }
+        self.0.stored_bytes.set(totals.blob_bytes as i64);
+        self.0
+            .pending_deletions
+            .set(totals.pending_deletions as i64);
+        let mut text = String::new();
+        encode(&mut text, &self.0.registry)
+            .map_err(|error| Refusal::internal(error.to_string()))?;
+        let mut response = Response::new(Body::full(text));
+        response.headers_mut().insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        );
+        Ok(response)
+    }
+}
+
+/// Holds a gauge up while it lives.
+pub(crate) struct Counted(Gauge);
+
+impl Counted {
+    fn of(gauge: Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+const METHODS: [&str; 6] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"];
+const BUCKETS: [f64; 12] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
+];

@@ -1,0 +1,24 @@
+//! The wire-level suite: literal bytes on a socket against a real store, one module per noun.
+
+#[cfg(test)]
+mod auth;
+#[cfg(test)]
+mod blob;
+#[cfg(test)]
+mod catalog;
+#[cfg(test)]
+mod events;
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod limits;
+#[cfg(test)]
+mod manifest;
+#[cfg(test)]
+mod referrer;
+#[cfg(test)]
+mod tag;
+#[cfg(test)]
+mod tls;
+#[cfg(test)]
+mod upload;
