@@ -1,0 +1,125 @@
+use super::*;
+
+fn attempt(number: u64, digest: &Digest) -> Record {
+    Record::Attempt {
+        attempt: number,
+        at: "2026-01-01T00:00:00Z".to_owned(),
+        trigger: "poll".to_owned(),
+        reference: "registry.example/shop:production".to_owned(),
+        digest: digest.clone(),
+        previous: None,
+    }
+}
+
+fn outcome(number: u64, outcome: &str) -> Record {
+    Record::Outcome {
+        attempt: number,
+        at: "2026-01-01T00:01:00Z".to_owned(),
+        outcome: outcome.to_owned(),
+        reason: (outcome != "good").then(|| "because".to_owned()),
+    }
+}
+
+fn step(number: u64, digest: &Digest, name: &str) -> Record {
+    Record::Step {
+        attempt: number,
+        digest: digest.clone(),
+        step: StepReport {
+            step: name.to_owned(),
+            started: "s".to_owned(),
+            finished: "f".to_owned(),
+            error: None,
+            notes: Vec::new(),
+        },
+    }
+}
+
+fn ledger(records: &[Record]) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("attempts.jsonl");
+    let mut ledger = Ledger::open(&path, "now").unwrap();
+    for record in records {
+        ledger.append(record).unwrap();
+    }
+    (directory, path)
+}
+
+#[test]
+fn attempts_are_told_newest_first() {
+    let (v1, v2) = (Digest::sha256(b"1"), Digest::sha256(b"2"));
+    let (_directory, path) = ledger(&[
+        attempt(1, &v1),
+        outcome(1, "good"),
+        attempt(2, &v2),
+        outcome(2, "rolled-back"),
+        attempt(3, &v1),
+    ]);
+    let history = history(&path, 2).unwrap();
+    assert_eq!(
+        history
+            .iter()
+            .map(|summary| summary.attempt)
+            .collect::<Vec<_>>(),
+        [3, 2]
+    );
+    assert_eq!(history[0].outcome, None);
+    assert_eq!(history[1].reason.as_deref(), Some("because"));
+    assert_eq!(verify(&path).unwrap(), 5);
+}
+
+#[test]
+fn the_story_is_that_of_the_attempt_that_applied_what_runs() {
+    let (v1, v2) = (Digest::sha256(b"1"), Digest::sha256(b"2"));
+    let (_directory, path) = ledger(&[
+        attempt(1, &v1),
+        step(1, &v1, "apply"),
+        outcome(1, "good"),
+        attempt(2, &v2),
+        step(2, &v2, "apply"),
+        step(2, &v1, "apply"),
+        outcome(2, "rolled-back"),
+    ]);
+    let story = story_of(&path, &v1).unwrap().unwrap();
+    assert_eq!((story.summary.attempt, story.steps.len()), (2, 2));
+    assert_eq!(story_of(&path, &Digest::sha256(b"3")).unwrap(), None);
+}
+
+#[test]
+fn a_torn_last_line_is_cut_off_and_the_chain_goes_on() {
+    let v1 = Digest::sha256(b"1");
+    let (_directory, path) = ledger(&[attempt(1, &v1)]);
+    let whole = std::fs::read(&path).unwrap();
+    for cut in 1..whole.len() {
+        let torn = [&whole[..], &whole[..cut]].concat();
+        // A cut right before the newline is a torn line too.
+        std::fs::write(&path, &torn[..torn.len().min(whole.len() * 2 - 1)]).unwrap();
+        assert_eq!(verify(&path).unwrap(), 1, "cut at {cut}");
+        let mut ledger = Ledger::open(&path, "now").unwrap();
+        ledger.append(&outcome(1, "good")).unwrap();
+        assert_eq!(verify(&path).unwrap(), 2, "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_changed_record_breaks_the_chain_and_the_ledger_is_moved_aside() {
+    let v1 = Digest::sha256(b"1");
+    let (directory, path) = ledger(&[attempt(1, &v1), outcome(1, "rejected")]);
+    let text = std::fs::read_to_string(&path).unwrap().replacen(
+        "\"trigger\":\"poll\"",
+        "\"trigger\":\"poly\"",
+        1,
+    );
+    std::fs::write(&path, text).unwrap();
+    assert!(matches!(
+        verify(&path),
+        Err(LedgerError::Line { number: 1, .. })
+    ));
+    let _new = Ledger::open(&path, "2026-01-01T00:00:00.000Z").unwrap();
+    assert_eq!(verify(&path).unwrap(), 1, "it begins by saying so");
+    assert!(
+        directory
+            .path()
+            .join("attempts.damaged-2026-01-01T00-00-00-000Z")
+            .exists()
+    );
+}
