@@ -1,0 +1,63 @@
+//! Wiring of the agent: configuration and engines → run until a signal.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use delivery::agent::{Agent, AgentConfig, ConfigError, Engines};
+use delivery::engine::compose::{ComposeEngine, ComposeOptions};
+use delivery::engine::files::FilesEngine;
+use delivery::release::EngineKind;
+use tokio_util::sync::CancellationToken;
+
+use crate::output::{Exit, Refused};
+
+/// Reads an agent's configuration.
+///
+/// # Errors
+/// Exit code 78 with file, line and what to do.
+pub(crate) fn load(path: &Path) -> anyhow::Result<AgentConfig> {
+    AgentConfig::load(path).map_err(|error| match error {
+        ConfigError::Read { path, source } => Refused::new(
+            Exit::CONFIG,
+            format!("cannot read `{}`: {source}", path.display()),
+        )
+        .into(),
+        other => Refused::new(Exit::CONFIG, other).into(),
+    })
+}
+
+/// The engines of this build.
+pub(crate) fn engines(config: &AgentConfig) -> Engines {
+    let _ = config;
+    Engines::new()
+        .with(EngineKind::Compose, Arc::new(compose()))
+        .with(EngineKind::Files, Arc::new(FilesEngine::new()))
+}
+
+/// The Compose engine as the environment names it (`DOCKER_HOST`).
+pub(crate) fn compose() -> ComposeEngine {
+    ComposeEngine::new(ComposeOptions {
+        docker_host: std::env::var("DOCKER_HOST")
+            .ok()
+            .filter(|host| !host.is_empty()),
+        docker: PathBuf::from("docker"),
+        apply_timeout: Duration::from_mins(10),
+        ..ComposeOptions::default()
+    })
+}
+
+/// Runs the agent in the foreground.
+pub(crate) async fn run(path: &Path) -> anyhow::Result<()> {
+    let config = load(path)?;
+    let engines = engines(&config);
+    let shutdown = CancellationToken::new();
+    let signal = crate::serve::shutdown_signal()?;
+    let agent = Agent::new(config, engines).run(shutdown.clone());
+    tokio::pin!(agent);
+    tokio::select! {
+        outcome = &mut agent => return Ok(outcome?),
+        () = signal => shutdown.cancel(),
+    }
+    Ok(agent.await?)
+}

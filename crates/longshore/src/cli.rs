@@ -1,0 +1,178 @@
+//! The command line: one file per command below [`Cli`].
+
+pub(crate) mod agent;
+mod artifact;
+mod completions;
+mod login;
+pub(crate) mod proof;
+mod release;
+mod server;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::output::Exit;
+
+/// An OCI artifact registry that delivers.
+///
+/// One program stores OCI artifacts, proves where they came from, and puts them into production with
+/// health checks and automatic rollback.
+#[derive(Debug, Parser)]
+#[command(name = "longshore", version, propagate_version = true, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+impl Cli {
+    /// Runs the command.
+    pub(crate) async fn run(self) -> anyhow::Result<Exit> {
+        let global = self.global;
+        match self.command {
+            Command::Agent(command) => command.run(&global).await,
+            Command::Audit(command) => command.run(&global).await,
+            Command::Completions(command) => Ok(command.run()),
+            Command::Copy(command) => command.run(&global).await,
+            Command::Demo(command) => crate::demo::run(command, &global).await,
+            Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Failpoints => Ok(server::failpoints()),
+            Command::Inspect(command) => command.run(&global).await,
+            Command::Key(command) => command.run(&global),
+            Command::Login(command) => command.run(&global).await,
+            Command::Logout(command) => command.run(&global),
+            Command::Ls(command) => command.run(&global).await,
+            Command::Pull(command) => command.run(&global).await,
+            Command::Push(command) => command.run(&global).await,
+            Command::Release(command) => command.run(&global).await,
+            Command::Rm(command) => command.run(&global).await,
+            Command::Serve(command) => command.run().await,
+            Command::Sign(command) => command.run(&global).await,
+            Command::Tag(command) => command.run(&global).await,
+            Command::Up(command) => crate::up::run(command).await,
+            Command::Verify(command) => command.run(&global).await,
+            Command::VerifyStore(command) => command.run(&global).await,
+        }
+    }
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Global {
+    /// Print the result as JSON on standard output.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress bars and no remarks.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// Speak plain HTTP to every registry (loopback needs no flag).
+    #[arg(long, global = true)]
+    pub(crate) plain_http: bool,
+    /// Trust the certificate authorities in this PEM file as well.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) ca_file: Vec<PathBuf>,
+    /// Do not verify TLS certificates. Anyone on the way can then read and change what is sent.
+    #[arg(long, global = true)]
+    pub(crate) insecure: bool,
+}
+
+impl Global {
+    /// A client for any registry with these options.
+    pub(crate) fn client(&self) -> anyhow::Result<client::Client> {
+        self.client_with(client::Config::default())
+    }
+
+    /// The same with other settings below.
+    pub(crate) fn client_with(&self, mut config: client::Config) -> anyhow::Result<client::Client> {
+        config.plain_http_all = self.plain_http;
+        config.insecure = self.insecure;
+        concat!("longshore/", env!("CARGO_PKG_VERSION")).clone_into(&mut config.user_agent);
+        for path in &self.ca_file {
+            let pem = std::fs::read(path).map_err(|error| {
+                crate::output::Refused::new(
+                    Exit::USAGE,
+                    format!("cannot read `--ca-file {}`: {error}", path.display()),
+                )
+            })?;
+            config.ca_pem.push(pem);
+        }
+        Ok(client::Client::new(config)?)
+    }
+
+    /// Prints a remark for people, unless they want none.
+    pub(crate) fn remark(&self, text: impl std::fmt::Display) {
+        if !self.quiet && !self.json {
+            crate::output::note(text);
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the registry.
+    Serve(server::Serve),
+    /// Run the registry and an agent in one process.
+    Up(crate::up::Up),
+    /// Show the whole chain on real input: push, sign, deploy, roll back, refuse, explain.
+    Demo(crate::demo::Demo),
+    /// Keep targets running: the deploying agent and the commands that talk to it.
+    #[command(subcommand)]
+    Agent(agent::Agent),
+    /// Make, check and publish releases.
+    #[command(subcommand)]
+    Release(release::Release),
+    /// Store credentials for a registry.
+    Login(login::Login),
+    /// Remove credentials for a registry.
+    Logout(login::Logout),
+    /// Push files, or a layout directory, as one artifact.
+    Push(artifact::Push),
+    /// Pull an artifact into a directory or a layout.
+    Pull(artifact::Pull),
+    /// Copy an artifact with everything that is attached to it.
+    Copy(artifact::Copy),
+    /// List repositories of a registry or tags of a repository.
+    Ls(artifact::Ls),
+    /// Show a manifest and what is attached to it.
+    Inspect(artifact::Inspect),
+    /// Give an artifact more tags.
+    Tag(artifact::Tag),
+    /// Delete a tag, or a manifest by digest.
+    Rm(artifact::Rm),
+    /// Make signing keys.
+    #[command(subcommand)]
+    Key(proof::Key),
+    /// Sign an artifact in a registry.
+    Sign(proof::Sign),
+    /// Verify the signatures of an artifact.
+    Verify(proof::Verify),
+    /// Check every row of a data directory against every object and digest.
+    VerifyStore(server::VerifyStore),
+    /// The audit record.
+    #[command(subcommand)]
+    Audit(server::Audit),
+    /// Print a completion script for a shell.
+    Completions(completions::Completions),
+    /// Print the names of the points at which a test build can be made to die.
+    #[command(hide = true)]
+    Failpoints,
+    /// The small HTTP service that the demonstration deploys.
+    #[command(hide = true)]
+    DemoService(crate::demo_service::DemoService),
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 plan has changes, 3 refused (signature, \
+lint, damaged store), 4 not found, 5 access refused, 6 unreachable, 64 wrong arguments, 78 wrong \
+configuration";
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,115 @@
+//! `longshore serve`, `verify-store`, `audit`, `failpoints`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::Global;
+use crate::config::Config;
+use crate::output::{self, Exit};
+
+/// Run the registry.
+///
+/// Without a configuration it listens on 127.0.0.1:5050, and everyone on this machine may read and
+/// write.
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// The configuration file (YAML). Every key can also come from the environment, such as
+    /// `LONGSHORE_SERVER__LISTEN`.
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The data directory [default: /var/lib/longshore as root, else $XDG_DATA_HOME/longshore].
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// The address to listen on, over the configuration's; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<SocketAddr>,
+    /// Write the URL into this file once requests are served.
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
+}
+
+impl Serve {
+    pub(crate) async fn run(self) -> anyhow::Result<Exit> {
+        let config = Config::load(
+            self.config.as_deref(),
+            self.data.as_deref(),
+            &self.listen,
+            std::env::vars(),
+        )?;
+        crate::serve::logging(&config.log);
+        crate::serve::run(config, self.ready_file.as_deref()).await?;
+        Ok(Exit::OK)
+    }
+}
+
+/// Check every row of a data directory against every object and every digest.
+///
+/// Changes nothing. Works on a stopped data directory and beside a running server.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyStore {
+    /// The data directory.
+    directory: PathBuf,
+}
+
+impl VerifyStore {
+    pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
+        let report = store::verify_store(&self.directory).await?;
+        if global.json {
+            output::json(&serde_json::json!({
+                "blobs": report.blobs,
+                "bytes": report.bytes,
+                "manifests": report.manifests,
+                "problems": report.problems,
+            }))?;
+        } else {
+            for problem in &report.problems {
+                output::line(format!("damaged: {problem}"));
+            }
+            output::line(format!(
+                "{} blobs ({}) and {} manifests checked, {} problems",
+                report.blobs,
+                output::bytes(report.bytes),
+                report.manifests,
+                report.problems.len()
+            ));
+        }
+        Ok(if report.problems.is_empty() {
+            Exit::OK
+        } else {
+            Exit::REFUSED
+        })
+    }
+}
+
+/// The audit record.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Audit {
+    /// Check the hash chain of the audit record.
+    Verify {
+        /// The data directory.
+        directory: PathBuf,
+    },
+}
+
+impl Audit {
+    pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
+        let Self::Verify { directory } = self;
+        let sealed = store::verify_audit(&directory).await?;
+        if global.json {
+            output::json(&serde_json::json!({"sealed": sealed}))?;
+        } else {
+            output::line(format!("{sealed} audit records, the chain is whole"));
+        }
+        Ok(Exit::OK)
+    }
+}
+
+/// Prints the failpoints of a test build; nothing in an ordinary one.
+pub(crate) fn failpoints() -> Exit {
+    for name in store::failpoints() {
+        output::line(name);
+    }
+    Exit::OK
+}

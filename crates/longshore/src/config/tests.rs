@@ -1,0 +1,86 @@
+use super::*;
+
+fn load(text: &str, environment: &[(&str, &str)]) -> anyhow::Result<Config> {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("longshore.yaml");
+    std::fs::write(&file, text).unwrap();
+    Config::load(
+        Some(&file),
+        Some(Path::new("/data")),
+        &[],
+        environment
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned())),
+    )
+}
+
+fn refused(text: &str, environment: &[(&str, &str)]) -> (String, Option<String>) {
+    let error = load(text, environment).unwrap_err();
+    let refused = error.downcast_ref::<Refused>().unwrap();
+    assert_eq!(refused.code, Exit::CONFIG);
+    (refused.message.clone(), refused.hint.clone())
+}
+
+#[test]
+fn without_a_file_it_is_open_on_loopback() {
+    let config = Config::load(None, Some(Path::new("/data")), &[], []).unwrap();
+    assert_eq!(config.listen, vec!["127.0.0.1:5050".parse().unwrap()]);
+    assert!(config.htpasswd.is_none() && config.rules.is_empty());
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest_one() {
+    let (message, hint) = refused("version: 1\nserver:\n  lisen: 127.0.0.1:1\n", &[]);
+    assert!(message.contains("lisen"), "{message}");
+    assert_eq!(hint.as_deref(), Some("did you mean `listen`?"));
+}
+
+#[test]
+fn the_environment_wins_and_is_checked() {
+    let config = load(
+        "version: 1\nserver: {listen: 127.0.0.1:1}\n",
+        &[
+            ("LONGSHORE_SERVER__LISTEN", "127.0.0.1:2"),
+            ("LONGSHORE_KEY_PASSWORD", "x"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(config.listen, vec!["127.0.0.1:2".parse().unwrap()]);
+    let (message, _) = refused("version: 1", &[("LONGSHORE_SERVER__LISEN", "x")]);
+    assert!(message.contains("LONGSHORE_SERVER__LISEN"), "{message}");
+}
+
+#[test]
+fn an_open_address_without_users_is_refused_with_the_line_to_add() {
+    let (message, hint) = refused("version: 1\nserver: {listen: '0.0.0.0:5050'}\n", &[]);
+    assert!(message.contains("0.0.0.0:5050"), "{message}");
+    assert!(hint.unwrap().contains("htpasswd"));
+    load(
+        "version: 1\nserver: {listen: '0.0.0.0:5050'}\nauth: {htpasswd: /x}\n",
+        &[],
+    )
+    .unwrap();
+}
+
+#[test]
+fn versions() {
+    assert!(refused("server: {}\n", &[]).0.contains("version"));
+    assert!(refused("version: 2\n", &[]).0.contains("newer"));
+}
+
+#[test]
+fn periods_and_sizes() {
+    assert_eq!(parse_period("1h30m"), Some(Duration::from_mins(90)));
+    assert_eq!(parse_period("250ms"), Some(Duration::from_millis(250)));
+    for bad in ["", "5", "h", "5x", "-1s", "99999999999999999999d"] {
+        assert_eq!(parse_period(bad), None, "{bad}");
+    }
+    assert_eq!(parse_size("4MiB"), Some(4 << 20));
+    assert_eq!(parse_size("12"), Some(12));
+    assert_eq!(parse_size("4 XB"), None);
+    assert!(
+        refused("version: 1\nstorage: {lease: 1h}\n", &[])
+            .0
+            .contains("12h")
+    );
+}

@@ -1,0 +1,251 @@
+//! What the program prints: data on standard output, everything else on standard error, and the
+//! exit codes.
+
+use std::fmt::Display;
+use std::io::{IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use client::transfer::Progress;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use oci::Digest;
+use serde::Serialize;
+
+/// An exit code. The list is part of the interface and stands in `docs/reference/cli.md`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Exit(u8);
+
+impl Exit {
+    /// Done.
+    pub(crate) const OK: Self = Self(0);
+    /// Tried and failed.
+    pub(crate) const FAILED: Self = Self(1);
+    /// `agent plan`: there are changes.
+    pub(crate) const CHANGES: Self = Self(2);
+    /// Refused: a signature is missing or wrong, a release has lint errors, a store or audit check
+    /// found damage.
+    pub(crate) const REFUSED: Self = Self(3);
+    /// Not found.
+    pub(crate) const NOT_FOUND: Self = Self(4);
+    /// The registry refused access.
+    pub(crate) const UNAUTHORIZED: Self = Self(5);
+    /// The registry or the agent cannot be reached; trying again may help.
+    pub(crate) const UNREACHABLE: Self = Self(6);
+    /// Wrong arguments (`EX_USAGE`).
+    pub(crate) const USAGE: Self = Self(64);
+    /// A wrong configuration file (`EX_CONFIG`).
+    pub(crate) const CONFIG: Self = Self(78);
+
+    /// The code for an error, by the first cause that has one.
+    pub(crate) fn of(error: &anyhow::Error) -> Self {
+        for cause in error.chain() {
+            if let Some(refused) = cause.downcast_ref::<Refused>() {
+                return refused.code;
+            }
+            if let Some(error) = cause.downcast_ref::<client::Error>() {
+                return match error {
+                    client::Error::NotFound(_) => Self::NOT_FOUND,
+                    client::Error::Unauthorized { .. } => Self::UNAUTHORIZED,
+                    client::Error::DigestMismatch { .. } => Self::REFUSED,
+                    other if other.is_transient() => Self::UNREACHABLE,
+                    _ => Self::FAILED,
+                };
+            }
+            if cause.is::<oci::reference::ReferenceError>() {
+                return Self::USAGE;
+            }
+        }
+        Self::FAILED
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.0)
+    }
+}
+
+/// An error with an exit code of its own and an optional hint.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Refused {
+    pub(crate) code: Exit,
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+}
+
+impl Refused {
+    pub(crate) fn new(code: Exit, message: impl Display) -> Self {
+        Self {
+            code,
+            message: message.to_string(),
+            hint: None,
+        }
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Display) -> Self {
+        self.hint = Some(hint.to_string());
+        self
+    }
+}
+
+/// Prints one line of data. A closed pipe ends the program quietly later, so it is no error here.
+pub(crate) fn line(text: impl Display) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+/// Prints text as it is, without a line end.
+pub(crate) fn raw(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(bytes).and_then(|()| out.flush());
+}
+
+/// Prints a document as JSON.
+pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    line(serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Prints a line for people on standard error.
+pub(crate) fn note(text: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Prints an error with its causes and its hint.
+pub(crate) fn error(error: &anyhow::Error) {
+    let mut err = std::io::stderr().lock();
+    let _ = writeln!(err, "error: {error}");
+    let mut last = error.to_string();
+    for cause in error.chain().skip(1) {
+        let text = cause.to_string();
+        // Transparent errors repeat what stands above them.
+        if text != last {
+            let _ = writeln!(err, "  caused by: {text}");
+        }
+        last = text;
+    }
+    let hint = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<Refused>())
+        .and_then(|refused| refused.hint.as_ref());
+    if let Some(hint) = hint {
+        let _ = writeln!(err, "hint: {hint}");
+    }
+}
+
+/// Bytes for people: `1.5 MiB`.
+pub(crate) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{count} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// A table with columns as wide as needed.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
+    let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let print = |cells: &mut dyn Iterator<Item = &str>| {
+        let mut text = String::new();
+        for (cell, width) in cells.zip(&widths) {
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(
+                ' ',
+                width.saturating_sub(cell.chars().count()) + 2,
+            ));
+        }
+        line(text.trim_end());
+    };
+    print(&mut head.iter().copied());
+    for row in rows {
+        print(&mut row.iter().map(String::as_str));
+    }
+}
+
+/// Progress bars on a terminal, nothing elsewhere.
+pub(crate) struct Bars {
+    all: MultiProgress,
+    open: Mutex<Vec<(Digest, ProgressBar)>>,
+}
+
+impl Bars {
+    /// Bars on standard error when it is a terminal and `quiet` is not wanted.
+    pub(crate) fn new(quiet: bool) -> Self {
+        let target = if quiet || !std::io::stderr().is_terminal() {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
+        Self {
+            all: MultiProgress::with_draw_target(target),
+            open: Mutex::default(),
+        }
+    }
+
+    fn with(&self, digest: &Digest, action: impl FnOnce(&ProgressBar)) {
+        if let Ok(open) = self.open.lock()
+            && let Some((_, bar)) = open.iter().find(|(of, _)| of == digest)
+        {
+            action(bar);
+        }
+    }
+}
+
+impl Progress for Bars {
+    fn start(&self, digest: &Digest, size: u64) {
+        let style = ProgressStyle::with_template(
+            "{prefix} {bar:30} {bytes:>10}/{total_bytes:10} {bytes_per_sec:>12} {msg}",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = self.all.add(ProgressBar::new(size).with_style(style));
+        bar.set_prefix(digest.short());
+        bar.enable_steady_tick(Duration::from_millis(200));
+        if let Ok(mut open) = self.open.lock() {
+            open.push((digest.clone(), bar));
+        }
+    }
+
+    fn advance(&self, digest: &Digest, bytes: u64) {
+        self.with(digest, |bar| bar.inc(bytes));
+    }
+
+    fn finish(&self, digest: &Digest, skipped: bool) {
+        self.with(digest, |bar| {
+            bar.finish_with_message(if skipped { "there already" } else { "done" });
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_for_people() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
+    }
+
+    #[test]
+    fn exit_codes_by_cause() {
+        let error = anyhow::Error::new(client::Error::NotFound("x".into())).context("reading");
+        assert_eq!(Exit::of(&error), Exit::NOT_FOUND);
+        let error = anyhow::Error::new(Refused::new(Exit::REFUSED, "no"));
+        assert_eq!(Exit::of(&error), Exit::REFUSED);
+    }
+}
