@@ -1,0 +1,3 @@
+//! The end-to-end suites. `cargo xtask test --only e2e` runs them with everything they need.
+
+mod clients;

@@ -1,0 +1,123 @@
+//! `cargo xtask conformance PROGRAM`: the official conformance program against the built server.
+//!
+//! Its exit status hides skipped checks, and a parent shows the best of its children; so the leaves
+//! of its own results are counted, and a skip is as bad as a failure.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use e2e::server::Options;
+
+use crate::shell;
+
+/// How many leaf checks must pass at least: what the program of June 2026 counts with everything on.
+const LEAST: u64 = 1032;
+
+/// Runs it; `false` unless everything passed and nothing was skipped.
+pub(crate) fn run(program: &Path, release: bool) -> anyhow::Result<bool> {
+    let program = std::path::absolute(program)?;
+    if !program.is_file() {
+        bail!(
+            "`{}` is not a program: build it from `conformance/` of a copy of the distribution specification, with `go build -o conformance .`",
+            program.display()
+        );
+    }
+    let built = shell::build(release, &[])?;
+    let server = Options::new(built)
+        .config("version: 1\nstorage:\n  allow_sparse: true\n")
+        .start()
+        .map_err(|error| anyhow::anyhow!(error))?;
+    let results = tempfile::tempdir()?;
+    println!("running {} against {}", program.display(), server.url());
+    let status = Command::new(&program)
+        .current_dir(results.path())
+        .env("OCI_REGISTRY", server.host())
+        .env("OCI_TLS", "disabled")
+        .env("OCI_REPO1", "conformance/repo1")
+        .env("OCI_REPO2", "conformance/repo2")
+        .env("OCI_VERSION", "dev")
+        .env("OCI_DATA_SPARSE", "true")
+        .env("OCI_API_BLOBS_MOUNT_ANONYMOUS", "true")
+        .env("OCI_RESULTS_DIR", results.path())
+        .stdout(Stdio::null())
+        .status()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    let text = std::fs::read_to_string(results.path().join("junit.xml"))
+        .context("the conformance program left no junit.xml")?;
+    let leaves = leaves(&text);
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for (name, outcome) in &leaves {
+        *counts.entry(outcome).or_default() += 1;
+        if *outcome != "passed" {
+            println!("{outcome}: {name}");
+        }
+    }
+    let count = |word: &str| counts.get(word).copied().unwrap_or(0);
+    let (passed, failed, skipped) = (count("passed"), count("failed"), count("skipped"));
+    println!("{passed} passed, {failed} failed, {skipped} skipped (leaf checks; {status})");
+    if failed + skipped > 0 {
+        let kept = shell::target().join("conformance");
+        std::fs::create_dir_all(&kept)?;
+        for name in ["junit.xml", "results.yaml", "report.html"] {
+            // Not every version writes each.
+            drop(std::fs::copy(results.path().join(name), kept.join(name)));
+        }
+        std::fs::write(kept.join("server.log"), server.logged())?;
+        println!("its results are in {}", kept.display());
+    }
+    if passed < LEAST {
+        println!(
+            "expected at least {LEAST} to pass: is this the program of the specification's main branch?"
+        );
+    }
+    Ok(failed + skipped == 0 && passed >= LEAST)
+}
+
+/// The test cases of a JUnit file with their outcomes.
+fn leaves(junit: &str) -> Vec<(String, &'static str)> {
+    let mut leaves = Vec::new();
+    for part in junit.split("<testcase").skip(1) {
+        let head = part.split('>').next().unwrap_or("");
+        let name = head
+            .split(" name=\"")
+            .nth(1)
+            .and_then(|rest| rest.split('"').next())
+            .unwrap_or("?");
+        let body = if head.ends_with('/') {
+            ""
+        } else {
+            part.split("</testcase>").next().unwrap_or("")
+        };
+        let outcome = if body.contains("<failure") || body.contains("<error") {
+            "failed"
+        } else if body.contains("<skipped") {
+            "skipped"
+        } else {
+            "passed"
+        };
+        leaves.push((name.to_owned(), outcome));
+    }
+    leaves
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leaves_are_told_apart() {
+        let text = "<testsuites tests=\"4\"><testsuite name=\"s\"><testcase name=\"a\" classname=\"x\"/>\
+                    <testcase classname=\"x\" name=\"b\"><failure message=\"m\">t</failure></testcase>\
+                    <testcase name=\"c\"><skipped/></testcase><testcase name=\"d\"><system-out>failure</system-out></testcase></testsuite>";
+        let got = leaves(text);
+        let want = [
+            ("a", "passed"),
+            ("b", "failed"),
+            ("c", "skipped"),
+            ("d", "passed"),
+        ];
+        assert_eq!(got, want.map(|(name, outcome)| (name.to_owned(), outcome)));
+    }
+}

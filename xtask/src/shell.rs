@@ -1,0 +1,113 @@
+//! Programs started for the menu, and where things are.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+
+/// The repository's root: the directory above this crate.
+pub(crate) fn root() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// Cargo's target directory.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| root().join("target"), |dir| root().join(dir))
+}
+
+/// A program to be run in the repository's root.
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(root());
+    command
+}
+
+/// The cargo that runs us.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // What `cargo run` told this process is not meant for the packages that it builds.
+    cargo
+        .env_remove("CARGO_MANIFEST_DIR")
+        .env_remove("CARGO_PKG_NAME");
+    cargo
+}
+
+/// Runs a program with its output shown, and wants exit code 0.
+pub(crate) fn run<S: AsRef<OsStr>>(
+    program: &str,
+    args: impl IntoIterator<Item = S>,
+) -> anyhow::Result<()> {
+    succeed(command(program).args(args))
+}
+
+/// Runs a prepared program with its output shown, and wants exit code 0.
+pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    if !status.success() {
+        bail!("{command:?}: {status}");
+    }
+    Ok(())
+}
+
+/// Runs a prepared program, wants exit code 0, and gives back what it printed.
+pub(crate) fn read(command: &mut Command) -> anyhow::Result<String> {
+    let output = command
+        .stderr(Stdio::piped())
+        .output()
+        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    if !output.status.success() {
+        bail!(
+            "{command:?}: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Finds a program on `PATH`, and where administration programs are, which is not on everyone's.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
+
+/// Builds the program and gives back where it is.
+pub(crate) fn build(release: bool, features: &[&str]) -> anyhow::Result<PathBuf> {
+    let mut cargo = cargo();
+    cargo.args(["build", "--quiet", "--package", "longshore"]);
+    // A build with test switches goes into a directory of its own, so that nobody ships it by mistake.
+    let mut target = target();
+    if !features.is_empty() {
+        target = target.join("switched");
+        cargo.arg("--features").arg(features.join(","));
+    }
+    cargo.arg("--target-dir").arg(&target);
+    if release {
+        cargo.arg("--release");
+    }
+    println!(
+        "building the program{}",
+        if features.is_empty() {
+            ""
+        } else {
+            " with test switches"
+        }
+    );
+    succeed(&mut cargo)?;
+    Ok(target
+        .join(if release { "release" } else { "debug" })
+        .join("longshore"))
+}
+
+/// Whether this process is root.
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}

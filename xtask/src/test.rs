@@ -1,0 +1,308 @@
+//! `cargo xtask test`: all tests, and a summary that hides nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use crate::{Part, engine, provision, shell};
+
+/// What one part of the tests came to.
+#[derive(Debug, Default)]
+struct Count {
+    name: &'static str,
+    passed: u64,
+    failed: u64,
+    not_run: Vec<String>,
+    took: Duration,
+    /// The outcome of each test by name.
+    tests: BTreeMap<String, Outcome>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    Passed,
+    Failed,
+    NotRun,
+}
+
+/// Runs the tests; `false` when one failed.
+pub(crate) fn run(only: Option<Part>, filter: Option<&str>) -> anyhow::Result<bool> {
+    let mut counts = Vec::new();
+    if only != Some(Part::E2e) {
+        let mut cargo = shell::cargo();
+        cargo
+            .args(["test", "--workspace", "--exclude", "e2e", "--no-fail-fast"])
+            .args(filter);
+        counts.push(tests("unit", &mut cargo)?);
+    }
+    if only != Some(Part::Unit) {
+        end_to_end(filter, &mut counts)?;
+    }
+    Ok(summary(&counts))
+}
+
+fn end_to_end(filter: Option<&str>, counts: &mut Vec<Count>) -> anyhow::Result<()> {
+    let tools = provision::tools()?;
+    if !tools.missing.is_empty() {
+        let mut count = Count {
+            name: "end to end",
+            failed: 1,
+            ..Count::default()
+        };
+        println!("the end-to-end tests did not start, because this is missing:");
+        for line in &tools.missing {
+            println!("  {line}");
+            count.not_run.push(line.clone());
+        }
+        counts.push(count);
+        return Ok(());
+    }
+    let program = shell::build(false, &[])?;
+
+    let mut cargo = shell::cargo();
+    cargo
+        .args([
+            "test",
+            "--package",
+            "store",
+            "--features",
+            "postgres-tests",
+            "--no-fail-fast",
+        ])
+        .args(filter);
+    let postgres = tools
+        .postgres
+        .clone()
+        .context("PostgreSQL is there, or it would have been named as missing")?;
+    cargo.env("PATH", with_path(&[&postgres]));
+    counts.push(tests("store on both databases", &mut cargo)?);
+
+    let engine = engine::engine()?;
+    let mut cargo = shell::cargo();
+    cargo
+        .args(["test", "--package", "e2e", "--no-fail-fast", "--"])
+        .args(filter);
+    cargo.args(["--test-threads", "4"]);
+    for (name, _) in &tools.not_run {
+        cargo.args(["--skip", name]);
+    }
+    cargo
+        .env(e2e::tools::PROGRAM, &program)
+        .env(e2e::tools::TOOLS, &tools.dir)
+        .env("PATH", with_path(&[&tools.dir.join("bin")]));
+    if let Some(host) = &engine.host {
+        cargo.env("DOCKER_HOST", host);
+    }
+    let mut count = tests("end to end", &mut cargo)?;
+    count.not_run = tools
+        .not_run
+        .iter()
+        .map(|(name, reason)| format!("tests named `{name}`: {reason}"))
+        .collect();
+    table(&count, &tools.not_run);
+    counts.push(count);
+    Ok(())
+}
+
+/// `PATH` with directories before it.
+fn with_path(first: &[&Path]) -> std::ffi::OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let all = first
+        .iter()
+        .map(|dir| PathBuf::from(*dir))
+        .chain(std::env::split_paths(&path));
+    std::env::join_paths(all).unwrap_or(path.clone())
+}
+
+/// Runs a `cargo test`, shows its output as it comes, and counts.
+fn tests(name: &'static str, cargo: &mut Command) -> anyhow::Result<Count> {
+    println!("\n== {name} ==");
+    let start = Instant::now();
+    let mut count = Count {
+        name,
+        ..Count::default()
+    };
+    let mut child = cargo
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let output = child.stdout.take().context("the output is a pipe")?;
+    let mut summed = (0, 0);
+    for line in BufReader::new(output).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        println!("{line}");
+        read_line(&line, &mut count, &mut summed);
+    }
+    let status = child.wait()?;
+    (count.passed, count.failed) = summed;
+    if !status.success() && count.failed == 0 {
+        // It did not compile, or a test program died.
+        count.failed = 1;
+    }
+    count.took = start.elapsed();
+    Ok(count)
+}
+
+/// Reads one line of a test program's output.
+fn read_line(line: &str, count: &mut Count, summed: &mut (u64, u64)) {
+    if let Some(rest) = line.strip_prefix("test result: ") {
+        for part in rest.split(';') {
+            let mut words = part.trim().rsplit(' ');
+            let (Some(kind), Some(number)) = (
+                words.next(),
+                words.next().and_then(|word| word.parse::<u64>().ok()),
+            ) else {
+                continue;
+            };
+            match kind {
+                "passed" => summed.0 += number,
+                "failed" => summed.1 += number,
+                "ignored" if number > 0 => count
+                    .not_run
+                    .push(format!("{number} tests marked as ignored")),
+                _ => {}
+            }
+        }
+    } else if let Some((test, outcome)) = line
+        .strip_prefix("test ")
+        .and_then(|rest| rest.split_once(" ... "))
+    {
+        let outcome = match outcome.trim() {
+            "ok" => Outcome::Passed,
+            word if word.starts_with("FAILED") => Outcome::Failed,
+            _ => return,
+        };
+        count.tests.insert(test.to_owned(), outcome);
+    }
+}
+
+/// Prints client × operation from the names `clients::CLIENT::OPERATION`.
+fn table(count: &Count, skipped: &[(&'static str, String)]) {
+    let mut cells: BTreeMap<&str, BTreeMap<&str, Outcome>> = BTreeMap::new();
+    let mut operations: BTreeSet<&str> = BTreeSet::new();
+    for (name, outcome) in &count.tests {
+        let mut words = name.split("::");
+        if words.next() != Some("clients") {
+            continue;
+        }
+        if let (Some(client), Some(operation)) = (words.next(), words.next()) {
+            // The table shows operations; a second test of one is `push_…`.
+            let operation = operation.split('_').next().unwrap_or(operation);
+            operations.insert(operation);
+            let cell = cells
+                .entry(client)
+                .or_default()
+                .entry(operation)
+                .or_insert(*outcome);
+            if *outcome == Outcome::Failed {
+                *cell = *outcome;
+            }
+        }
+    }
+    for (name, _) in skipped {
+        if *name == "helm" {
+            let row = cells.entry("helm").or_default();
+            for operation in ["push", "pull"] {
+                operations.insert(operation);
+                row.insert(operation, Outcome::NotRun);
+            }
+        }
+    }
+    if cells.is_empty() {
+        return;
+    }
+    println!("\nclients and operations (a dash: the client has no such operation)");
+    print!("{:<12}", "");
+    for operation in &operations {
+        print!("{operation:>10}");
+    }
+    println!();
+    for (client, row) in &cells {
+        print!("{client:<12}");
+        for operation in &operations {
+            let word = match row.get(operation) {
+                Some(Outcome::Passed) => "ok",
+                Some(Outcome::Failed) => "FAILED",
+                Some(Outcome::NotRun) => "NOT RUN",
+                None => "-",
+            };
+            print!("{word:>10}");
+        }
+        println!();
+    }
+}
+
+/// Prints what came out, and tells whether all is well.
+fn summary(counts: &[Count]) -> bool {
+    println!(
+        "\n{:<28}{:>10}{:>10}{:>10}",
+        "", "passed", "failed", "seconds"
+    );
+    for count in counts {
+        println!(
+            "{:<28}{:>10}{:>10}{:>10}",
+            count.name,
+            count.passed,
+            count.failed,
+            count.took.as_secs()
+        );
+        for (test, _) in count
+            .tests
+            .iter()
+            .filter(|(_, outcome)| **outcome == Outcome::Failed)
+        {
+            println!("  failed: {test}");
+        }
+    }
+    for line in counts.iter().flat_map(|count| &count.not_run) {
+        println!("NOT RUN: {line}");
+    }
+    let passed: u64 = counts.iter().map(|count| count.passed).sum();
+    let failed: u64 = counts.iter().map(|count| count.failed).sum();
+    println!("{passed} passed, {failed} failed");
+    failed == 0 && passed > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_output_of_a_test_program_is_counted() {
+        let mut count = Count::default();
+        let mut summed = (0, 0);
+        for line in [
+            "running 3 tests",
+            "test clients::oras::push ... ok",
+            "test clients::oras::pull ... FAILED",
+            "test result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured; 7 filtered out; finished in 0.10s",
+            "test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
+        ] {
+            read_line(line, &mut count, &mut summed);
+        }
+        assert_eq!(summed, (16, 1));
+        assert_eq!(
+            count.tests.get("clients::oras::pull"),
+            Some(&Outcome::Failed)
+        );
+        assert_eq!(count.not_run, ["2 tests marked as ignored"]);
+    }
+
+    #[test]
+    fn nothing_run_is_no_success() {
+        assert!(!summary(&[Count::default()]));
+        assert!(summary(&[Count {
+            passed: 1,
+            ..Count::default()
+        }]));
+        assert!(!summary(&[Count {
+            passed: 1,
+            failed: 1,
+            ..Count::default()
+        }]));
+    }
+}
