@@ -1,11 +1,19 @@
 //! Running the `docker` program: a clean environment, a process group of its own, a time limit.
+//!
+//! An agent that is killed leaves its `up` running. Two of them on one project undo each other's work, so an `up` holds a lock
+//! through a descriptor that it inherits, and the next agent waits for it.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::Instant;
 
 use super::model::Model;
 use crate::engine::{Deployment, EngineError};
@@ -127,7 +135,11 @@ impl Process<'_> {
         ];
         let document = serde_json::to_vec(&model.document)
             .map_err(|error| EngineError::Unavailable(error.to_string()))?;
-        let output = self.run(&arguments, &[], Some(document), limit).await?;
+        let turn = Turn::take(&deployment.state.join("engine/up.lock")).await?;
+        let output = self
+            .run_with(&arguments, &[], Some(document), limit, Some(&turn))
+            .await?;
+        drop(turn);
         let said = model.redact(&tail(&output.stderr));
         if output.is_success {
             return Ok(Vec::new());
@@ -145,6 +157,18 @@ impl Process<'_> {
         variables: &[(&str, &str)],
         input: Option<Vec<u8>>,
         limit: Duration,
+    ) -> Result<Output, EngineError> {
+        self.run_with(arguments, variables, input, limit, None)
+            .await
+    }
+
+    async fn run_with(
+        &self,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+        input: Option<Vec<u8>>,
+        limit: Duration,
+        turn: Option<&Turn>,
     ) -> Result<Output, EngineError> {
         #[expect(clippy::disallowed_methods, reason = "engines start processes")]
         let mut command = tokio::process::Command::new(self.program);
@@ -179,7 +203,10 @@ impl Process<'_> {
             Stdio::null()
         });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| {
+        let inherited = turn.map(Turn::inherited);
+        let spawned = command.spawn();
+        drop(inherited);
+        let mut child = spawned.map_err(|error| {
             EngineError::Unavailable(format!(
                 "cannot start `{}` ({error}); install the Docker command line with its Compose plugin",
                 self.program.display()
@@ -190,6 +217,9 @@ impl Process<'_> {
             .and_then(|id| i32::try_from(id).ok())
             .and_then(Pid::from_raw);
         let guard = Group(group);
+        if let (Some(turn), Some(group)) = (turn, group) {
+            turn.sign(group);
+        }
         let mut stdin = child.stdin.take();
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let work = async {
@@ -237,6 +267,85 @@ impl Drop for Group {
         if let Some(group) = self.0 {
             let _ = kill_process_group(group, Signal::KILL);
         }
+    }
+}
+
+/// The right to bring a target's project up.
+struct Turn(File);
+
+impl Turn {
+    /// Takes it. An `up` that a killed agent left gets some time to end; then it is ended.
+    async fn take(path: &Path) -> Result<Self, EngineError> {
+        let unavailable = |error: std::io::Error| {
+            EngineError::Unavailable(format!("cannot lock `{}`: {error}", path.display()))
+        };
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(unavailable)?;
+        let start = Instant::now();
+        let mut was_ended = false;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Self(file)),
+                Err(Errno::WOULDBLOCK) => {}
+                Err(error) => return Err(unavailable(error.into())),
+            }
+            if start.elapsed() > LEFT_GRACE && !was_ended {
+                was_ended = true;
+                let mut bytes = [0; 16];
+                let read = file.read_at(&mut bytes, 0).unwrap_or_default();
+                let group = std::str::from_utf8(bytes.get(..read).unwrap_or_default())
+                    .ok()
+                    .and_then(|text| text.trim().parse().ok())
+                    .and_then(Pid::from_raw);
+                tracing::warn!(
+                    ?group,
+                    "an agent before this one left Compose running; it is ended"
+                );
+                if let Some(group) = group {
+                    let _ = kill_process_group(group, Signal::KILL);
+                }
+            }
+            if start.elapsed() > LEFT_GRACE + LEFT_GRACE {
+                return Err(EngineError::Unavailable(format!(
+                    "a `docker compose up` that an agent before this one started still runs and holds `{}`; end it",
+                    path.display()
+                )));
+            }
+            tokio::time::sleep(LEFT_LOOK).await;
+        }
+    }
+
+    /// Programs that are started while the result lives hold the lock until they end.
+    fn inherited(&self) -> Inherited<'_> {
+        let _ = fcntl_setfd(&self.0, FdFlags::empty());
+        Inherited(&self.0)
+    }
+
+    /// Writes down who holds it.
+    fn sign(&self, group: Pid) {
+        let text = format!("{:<15}\n", group.as_raw_nonzero());
+        // Without it a program that was left is waited for and not ended.
+        let _ = self.0.write_all_at(text.as_bytes(), 0);
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Also for a program of another target that inherited the descriptor by chance.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+struct Inherited<'a>(&'a File);
+
+impl Drop for Inherited<'_> {
+    fn drop(&mut self) {
+        let _ = fcntl_setfd(self.0, FdFlags::CLOEXEC);
     }
 }
 
@@ -318,4 +427,7 @@ fn last_line(text: &str) -> &str {
 }
 
 const MAX_OUTPUT: usize = 16 * 1024 * 1024;
+/// How long an `up` that a killed agent left may go on.
+const LEFT_GRACE: Duration = Duration::from_secs(30);
+const LEFT_LOOK: Duration = Duration::from_millis(100);
 const SHORT: Duration = Duration::from_secs(60);
