@@ -150,6 +150,31 @@ fn failing(name: &str, how: End) {
     }
 }
 
+#[test]
+fn kill_while_compose_replaces_a_container_ends_as_the_new_release_observed_good() {
+    let mut world = World::new("killreplace", Settings::default());
+    // It does not heed the signal, so Compose waits for three seconds between making the new container and starting it.
+    let release = |world: &World, version: &str| {
+        let image = world.web(version);
+        let stubborn = "    stop_signal: SIGTERM\n    stop_grace_period: 3s\n";
+        world.push(version, &format!("{}{stubborn}", service(&image)), &[])
+    };
+    let v1 = release(&world, "1");
+    world.start_agent();
+    world.wait_good(&v1);
+    let v2 = release(&world, "2");
+    world.wait_state(&v2, "applying");
+    while !compose_runs(&mut world) || e2e::engine::containers(&world.project).len() < 2 {
+        let status = world.agent().status();
+        assert_eq!(status["state"], "applying", "{status:#}");
+    }
+    world.end(End::Kill);
+    world.start_agent();
+    world.wait_good(&v2);
+    assert_eq!(world.answer(), "2");
+    assert_eq!(e2e::engine::containers(&world.project).len(), 1);
+}
+
 /// Compose waits for a dependency to become healthy; meanwhile the agent ends.
 fn while_compose_runs(name: &str, how: End) {
     let (mut world, _) = World::with_version_1(name, Settings::default());
