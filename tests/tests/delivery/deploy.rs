@@ -252,7 +252,9 @@ fn going_back_with_the_registry_down_ends_as_exactly_the_release_before() {
             "services:\n  web:\n    image: {image}\n    environment: {{MODE: {mode}}}\n    volumes: [\"./a.txt:/etc/a.txt:ro\"]\n"
         );
         if worker {
-            text += &format!("  worker:\n    image: {two}\n    environment: {{KEEP: this}}\n");
+            text.push_str("  worker:\n    environment: {KEEP: this}\n    image: ");
+            text.push_str(&two);
+            text.push('\n');
         }
         text
     };

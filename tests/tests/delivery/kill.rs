@@ -6,6 +6,9 @@ use serde_json::Value;
 
 use crate::world::{Settings, World, is_rolled_back, service};
 
+/// What a moment is called, and whether it is now.
+type Moment<Now> = (&'static str, Now);
+
 /// How the agent ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -109,7 +112,7 @@ fn each_state(name: &str, how: End) {
 
 fn failing(name: &str, how: End) {
     let (mut world, v1) = World::with_version_1(name, Settings::default());
-    let moments: [(&str, fn(&Value) -> bool); 4] = [
+    let moments: [Moment<fn(&Value) -> bool>; 4] = [
         ("applying", |phase| phase["state"] == "applying"),
         ("observing", |phase| phase["state"] == "observing"),
         ("going back", |phase| {
@@ -178,7 +181,7 @@ fn kill_while_compose_replaces_a_container_ends_as_the_new_release_observed_good
 /// Compose waits for a dependency to become healthy; meanwhile the agent ends.
 fn while_compose_runs(name: &str, how: End) {
     let (mut world, _) = World::with_version_1(name, Settings::default());
-    let moments: [(&str, fn(&mut World) -> bool); 3] = [
+    let moments: [Moment<fn(&mut World) -> bool>; 3] = [
         ("it was started", |world| compose_runs(world)),
         ("the first container is there", |world| {
             compose_runs(world) && world.ids().contains_key("db")
@@ -252,7 +255,8 @@ fn caught(world: &World, digest: &str, mut wanted: impl FnMut(&Value) -> bool) {
 
 /// How often a release was found healthy for its whole window, by the ledger.
 fn observations(world: &World, digest: &str) -> usize {
-    let ledger = std::fs::read_to_string(world.target("attempts.jsonl")).unwrap();
+    let ledger =
+        std::fs::read_to_string(world.target("attempts.jsonl")).expect("there is a ledger");
     ledger
         .lines()
         .filter(|line| {
@@ -266,17 +270,20 @@ fn observations(world: &World, digest: &str) -> usize {
 /// Whether the agent has a child that brings a project up.
 fn compose_runs(world: &mut World) -> bool {
     let agent = world.agent().pid().to_string();
-    std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
-        let read =
-            |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
-        let stat = read("stat");
-        // After the name in brackets: state, then the parent.
-        let parent = stat
-            .rsplit(") ")
-            .next()
-            .and_then(|rest| rest.split_whitespace().nth(1));
-        parent == Some(agent.as_str()) && read("cmdline").contains("\0up\0")
-    })
+    std::fs::read_dir("/proc")
+        .expect("processes are seen")
+        .flatten()
+        .any(|entry| {
+            let read =
+                |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+            let stat = read("stat");
+            // After the name in brackets: state, then the parent.
+            let parent = stat
+                .rsplit(") ")
+                .next()
+                .and_then(|rest| rest.split_whitespace().nth(1));
+            parent == Some(agent.as_str()) && read("cmdline").contains("\0up\0")
+        })
 }
 
 impl World {
@@ -294,6 +301,7 @@ impl World {
 
     /// The state on the disk.
     fn saved(&self) -> Value {
-        serde_json::from_slice(&std::fs::read(self.target("state.json")).unwrap()).unwrap()
+        let bytes = std::fs::read(self.target("state.json")).expect("there is a state");
+        serde_json::from_slice(&bytes).expect("the state is whole")
     }
 }

@@ -3,6 +3,11 @@
 //! Every test has a registry, an agent, a Compose project and ports of its own, and waits on what the agent's socket tells.
 //! `cargo xtask test --only e2e` runs them with everything they need.
 
+#![expect(
+    clippy::print_stderr,
+    reason = "a test that failed shows what the program said"
+)]
+
 mod compose5;
 mod deploy;
 mod hosts;
