@@ -6,8 +6,10 @@ use serde_json::Value;
 
 use crate::world::{Settings, World, is_rolled_back, service};
 
-/// What a moment is called, and whether it is now.
-type Moment<Now> = (&'static str, Now);
+/// What a moment is called, and whether the state on the disk is in it.
+type Written = (&'static str, fn(&Value) -> bool);
+/// What a moment is called, and whether the host is in it.
+type Seen = (&'static str, fn(&mut World) -> bool);
 
 /// How the agent ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +114,7 @@ fn each_state(name: &str, how: End) {
 
 fn failing(name: &str, how: End) {
     let (mut world, v1) = World::with_version_1(name, Settings::default());
-    let moments: [Moment<fn(&Value) -> bool>; 4] = [
+    let moments: [Written; 4] = [
         ("applying", |phase| phase["state"] == "applying"),
         ("observing", |phase| phase["state"] == "observing"),
         ("going back", |phase| {
@@ -181,7 +183,7 @@ fn kill_while_compose_replaces_a_container_ends_as_the_new_release_observed_good
 /// Compose waits for a dependency to become healthy; meanwhile the agent ends.
 fn while_compose_runs(name: &str, how: End) {
     let (mut world, _) = World::with_version_1(name, Settings::default());
-    let moments: [Moment<fn(&mut World) -> bool>; 3] = [
+    let moments: [Seen; 3] = [
         ("it was started", |world| compose_runs(world)),
         ("the first container is there", |world| {
             compose_runs(world) && world.ids().contains_key("db")
