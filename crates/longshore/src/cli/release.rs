@@ -185,7 +185,7 @@ impl Push {
                     pin.service, pin.reference, pin.digest
                 ));
             }
-            output::line(format!("{}@{digest}", reference));
+            output::line(format!("{reference}@{digest}"));
         }
         Ok(Exit::OK)
     }
