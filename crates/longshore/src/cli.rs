@@ -19,7 +19,7 @@ use crate::output::Exit;
 /// One program stores OCI artifacts, proves where they came from, and puts them into production with
 /// health checks and automatic rollback.
 #[derive(Debug, Parser)]
-#[command(name = "longshore", version, propagate_version = true, after_help = EXIT_CODES)]
+#[command(name = "longshore", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(flatten)]
     global: Global,
