@@ -82,7 +82,8 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 /// Builds the program and gives back where it is.
 pub(crate) fn build(release: bool, features: &[&str]) -> anyhow::Result<PathBuf> {
     let mut cargo = cargo();
-    cargo.args(["build", "--quiet", "--package", "longshore"]);
+    // The whole workspace is named, so that dependencies have the features that the tests built them with.
+    cargo.args(["build", "--quiet", "--workspace", "--bin", "longshore"]);
     // A build with test switches goes into a directory of its own, so that nobody ships it by mistake.
     let mut target = target();
     if !features.is_empty() {
