@@ -61,7 +61,16 @@ struct Claim {
     /// `None`: must not be there.
     acknowledged: Option<String>,
     /// The outcome of a request without an answer.
-    maybe: Option<Option<String>>,
+    maybe: Option<Outcome>,
+}
+
+/// What a request without an answer may have done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// It stands for this digest now.
+    Is(String),
+    /// It is not there any more.
+    Gone,
 }
 
 /// What one pusher knows.
@@ -114,10 +123,11 @@ impl Ledger {
 
 impl Claim {
     fn judge(&self, target: &str, found: Option<&str>) -> Option<String> {
-        let maybe = self
-            .maybe
-            .as_ref()
-            .is_some_and(|maybe| maybe.as_deref() == found);
+        let maybe = match &self.maybe {
+            Some(Outcome::Is(digest)) => Some(digest.as_str()) == found,
+            Some(Outcome::Gone) => found.is_none(),
+            None => false,
+        };
         if self.acknowledged.as_deref() == found || maybe {
             return None;
         }
@@ -274,7 +284,7 @@ impl Pusher {
         );
         let claim = Claim {
             acknowledged: None,
-            maybe: Some(Some(digest.clone())),
+            maybe: Some(Outcome::Is(digest.clone())),
         };
         self.ledger.blobs.insert(digest.clone(), claim);
         let answer = self.send(
@@ -320,7 +330,7 @@ impl Pusher {
         let separator = if location.contains('?') { '&' } else { '?' };
         let claim = Claim {
             acknowledged: None,
-            maybe: Some(Some(digest.clone())),
+            maybe: Some(Outcome::Is(digest.clone())),
         };
         self.ledger.blobs.insert(digest.clone(), claim);
         let answer = self.send(
@@ -346,12 +356,13 @@ impl Pusher {
 
     fn tag(&mut self, tag: &str, manifest: &str) -> io::Result<()> {
         let digest = digest(manifest.as_bytes());
-        self.ledger.tags.entry(tag.to_owned()).or_default().maybe = Some(Some(digest.clone()));
+        self.ledger.tags.entry(tag.to_owned()).or_default().maybe =
+            Some(Outcome::Is(digest.clone()));
         self.ledger
             .manifests
             .entry(digest.clone())
             .or_default()
-            .maybe = Some(Some(digest.clone()));
+            .maybe = Some(Outcome::Is(digest.clone()));
         let target = format!("/v2/{}/manifests/{tag}", self.ledger.repository);
         let answer = self.send(
             "PUT",
@@ -373,7 +384,7 @@ impl Pusher {
 
     fn remove_tag(&mut self, tag: &str) -> io::Result<()> {
         if let Some(claim) = self.ledger.tags.get_mut(tag) {
-            claim.maybe = Some(None);
+            claim.maybe = Some(Outcome::Gone);
         }
         let answer = self.send(
             "DELETE",
@@ -399,11 +410,11 @@ impl Pusher {
             .collect();
         for tag in &pointing {
             if let Some(claim) = self.ledger.tags.get_mut(tag) {
-                claim.maybe = Some(None);
+                claim.maybe = Some(Outcome::Gone);
             }
         }
         if let Some(claim) = self.ledger.manifests.get_mut(digest) {
-            claim.maybe = Some(None);
+            claim.maybe = Some(Outcome::Gone);
         }
         let answer = self.send(
             "DELETE",
@@ -441,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_loss_is_a_loss_and_an_open_question_is_not() {
-        let (a, b) = (Some("a".to_owned()), Some("b".to_owned()));
+        let a = Some("a".to_owned());
         let claim = Claim {
             acknowledged: a.clone(),
             maybe: None,
@@ -451,13 +462,13 @@ mod tests {
         assert!(claim.judge("t", Some("b")).is_some());
         let moving = Claim {
             acknowledged: a.clone(),
-            maybe: Some(b),
+            maybe: Some(Outcome::Is("b".to_owned())),
         };
         assert!(moving.judge("t", Some("a")).is_none() && moving.judge("t", Some("b")).is_none());
         assert!(moving.judge("t", None).is_some());
         let going = Claim {
             acknowledged: a,
-            maybe: Some(None),
+            maybe: Some(Outcome::Gone),
         };
         assert!(going.judge("t", None).is_none());
         assert!(Claim::default().judge("t", Some("a")).is_some());

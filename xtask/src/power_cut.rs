@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -39,7 +39,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     if !shell::is_root() {
         bail!("mounting a file system needs root");
     }
-    for program in ["mkfs.ext4", "mount", "umount"] {
+    for program in ["losetup", "mkfs.ext4", "mount", "umount"] {
         shell::find(program)
             .with_context(|| format!("`{program}` is not here: install e2fsprogs and mount"))?;
     }
@@ -117,7 +117,10 @@ fn shut_down(point: &Path) -> anyhow::Result<()> {
 }
 
 /// A mounted file system, unmounted when this value goes.
-struct Mounted(PathBuf);
+struct Mounted {
+    image: PathBuf,
+    point: PathBuf,
+}
 
 impl Mounted {
     fn new(image: &Path, point: &Path) -> anyhow::Result<Self> {
@@ -127,14 +130,35 @@ impl Mounted {
                 .arg(image)
                 .arg(point),
         )?;
-        Ok(Self(point.to_owned()))
+        Ok(Self {
+            image: image.to_owned(),
+            point: point.to_owned(),
+        })
+    }
+
+    /// Unmounts, and waits until the device is gone with what it held in memory. (A container that
+    /// starts at this moment may hold a copy of the mount for a while, and a mount then would show the
+    /// file system that was shut down.)
+    fn end(&self) -> anyhow::Result<()> {
+        shell::read(shell::command("umount").arg(&self.point))?;
+        let start = Instant::now();
+        while !shell::read(shell::command("losetup").arg("-j").arg(&self.image))?
+            .trim()
+            .is_empty()
+        {
+            if start.elapsed() > Duration::from_mins(1) {
+                bail!("something still holds {}", self.image.display());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Err(error) = shell::read(shell::command("umount").arg(&self.0)) {
-            eprintln!("{} stays mounted: {error:#}", self.0.display());
+        if let Err(error) = self.end() {
+            eprintln!("{} may stay mounted: {error:#}", self.point.display());
         }
     }
 }

@@ -47,7 +47,7 @@ pub(crate) fn run<S: AsRef<OsStr>>(
 pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<()> {
     let status = command
         .status()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !status.success() {
         bail!("{command:?}: {status}");
     }
@@ -59,7 +59,7 @@ pub(crate) fn read(command: &mut Command) -> anyhow::Result<String> {
     let output = command
         .stderr(Stdio::piped())
         .output()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !output.status.success() {
         bail!(
             "{command:?}: {}\n{}",

@@ -31,7 +31,8 @@ const HTPASSWD: &str = "alice:$2b$05$abcdefghijklmnopqrstuuZ0Fx87Pb/Aqb0E90lfvCw
 
 /// A registry, and a home directory that no client of another test sees.
 struct Site {
-    server: Option<Server>,
+    /// Ours; it lives as long as the site.
+    _server: Option<Server>,
     url: String,
     home: Scratch,
 }
@@ -46,7 +47,7 @@ impl Site {
             .or_else(tools::reference)
             .unwrap_or_default();
         Self {
-            server,
+            _server: server,
             url,
             home: Scratch::new(),
         }
@@ -60,7 +61,7 @@ impl Site {
         let server = Server::with(&Options::new(tools::program()).config(config));
         let url = server.url().to_owned();
         Self {
-            server: Some(server),
+            _server: Some(server),
             url,
             home,
         }
