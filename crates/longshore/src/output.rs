@@ -47,10 +47,21 @@ impl Exit {
                 return match error {
                     client::Error::NotFound(_) => Self::NOT_FOUND,
                     client::Error::Unauthorized { .. } => Self::UNAUTHORIZED,
-                    client::Error::DigestMismatch { .. } => Self::REFUSED,
+                    client::Error::DigestMismatch { .. } | client::Error::SizeMismatch { .. } => {
+                        Self::REFUSED
+                    }
                     other if other.is_transient() => Self::UNREACHABLE,
                     _ => Self::FAILED,
                 };
+            }
+            if let Some(error) = cause.downcast_ref::<registry::Error>() {
+                return match error {
+                    registry::Error::Bind { .. } | registry::Error::Store(_) => Self::FAILED,
+                    _ => Self::CONFIG,
+                };
+            }
+            if let Some(store::Error::Damaged { .. }) = cause.downcast_ref::<store::Error>() {
+                return Self::REFUSED;
             }
             if cause.is::<oci::reference::ReferenceError>() {
                 return Self::USAGE;
@@ -246,6 +257,13 @@ mod tests {
         let error = anyhow::Error::new(client::Error::NotFound("x".into())).context("reading");
         assert_eq!(Exit::of(&error), Exit::NOT_FOUND);
         let error = anyhow::Error::new(Refused::new(Exit::REFUSED, "no"));
+        assert_eq!(Exit::of(&error), Exit::REFUSED);
+        let error = anyhow::Error::new(registry::Error::PublicUrl("x".into()));
+        assert_eq!(Exit::of(&error), Exit::CONFIG);
+        let error = anyhow::Error::new(store::Error::Damaged {
+            path: "x".into(),
+            problem: "y".into(),
+        });
         assert_eq!(Exit::of(&error), Exit::REFUSED);
     }
 }
