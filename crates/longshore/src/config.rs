@@ -188,14 +188,7 @@ impl Raw {
         let raw: Self = if text.trim().is_empty() {
             Self::default()
         } else {
-            serde_saphyr::from_str(text).map_err(|error| {
-                let text = error.to_string();
-                let refused = Refused::new(Exit::CONFIG, format!("{name}: {text}"));
-                anyhow::Error::new(match nearest_of_message(&text) {
-                    Some(hint) => refused.hint(hint),
-                    None => refused,
-                })
-            })?
+            serde_saphyr::from_str(text).map_err(|error| malformed(name, &error))?
         };
         match raw.version {
             Some(1) => Ok(raw),
@@ -418,17 +411,32 @@ fn put(document: &mut Value, path: &[String], value: Value) {
     }
 }
 
+/// A message with file and line, and without the document, which may hold secrets.
+fn malformed(name: &str, error: &serde_saphyr::Error) -> Refused {
+    let error = error.without_snippet();
+    let place = error
+        .location()
+        .map_or_else(|| name.to_owned(), |at| format!("{name}:{}", at.line()));
+    if let serde_saphyr::Error::SerdeUnknownField {
+        field, expected, ..
+    } = error
+    {
+        let refused = Refused::new(Exit::CONFIG, format!("{place}: unknown key `{field}`"));
+        return match delivery::target::nearest(field, expected) {
+            Some(known) => refused.hint(format!("did you mean `{known}`?")),
+            None => refused.hint(format!("known here are `{}`", expected.join("`, `"))),
+        };
+    }
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    Refused::new(Exit::CONFIG, format!("{place}: {first}"))
+}
+
 /// The nearest known key, when a message of the parser says "unknown field".
 fn nearest_of_message(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     let (unknown, rest) = rest.split_once('`')?;
-    // One parser puts the known keys into backticks and goes on with the line itself, the other not.
-    let (_, known) = rest.lines().next()?.split_once("expected ")?;
-    let known: Vec<&str> = known
-        .trim_start_matches("one of ")
-        .split([',', ' ', '`'])
-        .filter(|word| !word.is_empty() && *word != "or")
-        .collect();
+    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
     delivery::target::nearest(unknown, &known).map(|known| format!("did you mean `{known}`?"))
 }
 

@@ -71,9 +71,11 @@ pub(crate) async fn run(command: Demo, global: &Global) -> anyhow::Result<Exit> 
                 script.port
             ));
         }
+        // Its references name the port, so it must come up on the same one.
         output::note(format!(
-            "start it again with `longshore up --data {}/data`",
-            kept.display()
+            "start it again with `longshore up --data {}/data --listen {}`",
+            kept.display(),
+            script.host
         ));
         script.stop().await?;
     } else {
@@ -320,13 +322,11 @@ impl Script {
         std::fs::write(&temporary, self.agent_yaml(kind))
             .and_then(|()| std::fs::rename(&temporary, &path))
             .with_context(|| format!("cannot write `{}`", path.display()))?;
-        match self.call(&Request::Reload).await? {
-            Response::Error(refusal) => anyhow::bail!(refusal.message),
-            _ => {
-                self.say("the agent follows the tag `production` and wants one signature");
-                Ok(())
-            }
+        if let Response::Error(refusal) = self.call(&Request::Reload).await? {
+            anyhow::bail!(refusal.message)
         }
+        self.say("the agent follows the tag `production` and wants one signature");
+        Ok(())
     }
 
     fn agent_yaml(&self, kind: EngineKind) -> String {
@@ -464,24 +464,23 @@ impl Script {
             }
             anyhow::bail!("the agent ended")
         };
-        match tokio::time::timeout(PATIENCE, watching).await {
-            Ok(outcome) => outcome,
-            Err(_) => {
-                let state = last.map_or_else(
-                    || "no state".to_owned(),
-                    |target| {
-                        format!(
-                            "state `{}`, {}",
-                            target.state,
-                            target.reason.unwrap_or_default()
-                        )
-                    },
-                );
-                anyhow::bail!(
-                    "waited {}s for {what}; the target is in {state}",
-                    PATIENCE.as_secs()
-                )
-            }
+        if let Ok(outcome) = tokio::time::timeout(PATIENCE, watching).await {
+            outcome
+        } else {
+            let state = last.map_or_else(
+                || "no state".to_owned(),
+                |target| {
+                    format!(
+                        "state `{}`, {}",
+                        target.state,
+                        target.reason.unwrap_or_default()
+                    )
+                },
+            );
+            anyhow::bail!(
+                "waited {}s for {what}; the target is in {state}",
+                PATIENCE.as_secs()
+            )
         }
     }
 

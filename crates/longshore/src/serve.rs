@@ -87,8 +87,10 @@ impl Registry {
                 () = store.maintain() => Err(anyhow::anyhow!("the store stopped, restart the server and look at its log")),
             }
         };
-        self.store.close().await.context("closing the store")?;
-        outcome
+        let closed = self.store.close().await.context("closing the store");
+        // Why it ended says more than how the end went.
+        outcome?;
+        closed
     }
 }
 

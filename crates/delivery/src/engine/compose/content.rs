@@ -64,10 +64,11 @@ pub(super) fn remember(
     let directory = state.join("engine/uses");
     make_directory(&directory)?;
     let path = directory.join(release.hex());
-    let text: String = contents
-        .iter()
-        .map(|content| format!("{}\n", content.hash))
-        .collect();
+    let mut text = String::new();
+    for content in contents {
+        text.push_str(&content.hash);
+        text.push('\n');
+    }
     let partial = directory.join(format!(".{}.partial", release.hex()));
     let write = || -> io::Result<()> {
         let mut file = File::create(&partial)?;

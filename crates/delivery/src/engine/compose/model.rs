@@ -373,7 +373,7 @@ fn parts(service: &Map<String, Value>, definitions: &BTreeMap<String, Value>) ->
     let mut parts = Parts::new();
     for (key, value) in service {
         match (key.as_str(), value) {
-            ("depends_on" | "profiles" | "scale" | "deploy", _) => {}
+            ("depends_on" | "profiles" | "scale" | "deploy", _) | (_, Value::Null) => {}
             ("environment" | "labels", Value::Object(entries)) => {
                 for (name, value) in entries {
                     parts.insert(format!("{key} {name}"), short(value));
@@ -394,7 +394,6 @@ fn parts(service: &Map<String, Value>, definitions: &BTreeMap<String, Value>) ->
                     image.rsplit('@').next().unwrap_or_default().to_owned(),
                 );
             }
-            (_, Value::Null) => {}
             _ => {
                 parts.insert(key.clone(), short(value));
             }

@@ -273,9 +273,9 @@ pub(super) fn check_version(version: &str) -> Result<(), EngineError> {
     match numbers.as_slice() {
         // A build of a developer's own, such as `dev`.
         [] => Ok(()),
-        [0 | 1, ..] => refuse("is too old"),
-        [2, minor, ..] if *minor < 8 => refuse("is too old"),
         [2, 30, 0, ..] => refuse("cannot read a project from standard input"),
+        [major, minor, ..] if (*major, *minor) < (2, 8) => refuse("is too old"),
+        [major] if *major < 2 => refuse("is too old"),
         _ => Ok(()),
     }
 }
@@ -318,4 +318,4 @@ fn last_line(text: &str) -> &str {
 }
 
 const MAX_OUTPUT: usize = 16 * 1024 * 1024;
-const SHORT: Duration = Duration::from_secs(60);
+const SHORT: Duration = Duration::from_mins(1);

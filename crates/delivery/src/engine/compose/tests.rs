@@ -82,7 +82,7 @@ fn images_become_digests_and_files_become_content() {
     assert_eq!(model.document["name"], "shop");
     assert_eq!(web["environment"]["PRICE"], "5$$");
     assert_eq!(web["volumes"][0]["read_only"], true);
-    let source = std::path::PathBuf::from(web["volumes"][0]["source"].as_str().unwrap());
+    let source = PathBuf::from(web["volumes"][0]["source"].as_str().unwrap());
     assert!(source.starts_with(deployment.state.join("engine/content")));
     model.keep(&deployment).unwrap();
     assert_eq!(std::fs::read_to_string(source).unwrap(), "hello");
@@ -158,9 +158,9 @@ fn content_that_no_kept_release_uses_is_removed() {
             .count()
     };
     assert_eq!(count(), 1);
-    super::content::clean(&deployment.state, &[&deployment.digest]).unwrap();
+    content::clean(&deployment.state, &[&deployment.digest]).unwrap();
     assert_eq!(count(), 1);
-    super::content::clean(&deployment.state, &[]).unwrap();
+    content::clean(&deployment.state, &[]).unwrap();
     assert_eq!(count(), 0);
 }
 
