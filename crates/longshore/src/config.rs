@@ -197,6 +197,11 @@ impl Raw {
                     .hint("write `version: 1` at the top")
                     .into(),
             ),
+            Some(0) => Err(
+                Refused::new(Exit::CONFIG, format!("{name}: there is no `version: 0`"))
+                    .hint("write `version: 1` at the top")
+                    .into(),
+            ),
             Some(other) => Err(Refused::new(
                 Exit::CONFIG,
                 format!("{name}: `version: {other}` is newer than this program knows, which is 1"),
@@ -281,6 +286,13 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        let log = self.log.unwrap_or_default();
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
+            anyhow::bail!(
+                "`log.level`: `{}` is no filter, write for example `info` or `registry=debug,info`: {error}",
+                log.level
+            );
+        }
         let htpasswd = self.auth.htpasswd;
         let rules = match (self.access, &htpasswd) {
             (Some(_), None) => {
@@ -341,7 +353,7 @@ impl Raw {
             store: options,
             htpasswd,
             rules,
-            log: self.log.unwrap_or_default(),
+            log,
         })
     }
 }

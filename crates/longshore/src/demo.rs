@@ -71,9 +71,11 @@ pub(crate) async fn run(command: Demo, global: &Global) -> anyhow::Result<Exit> 
                 script.port
             ));
         }
+        // Its references name the port, so it must come up on the same one.
         output::note(format!(
-            "start it again with `longshore up --data {}/data`",
-            kept.display()
+            "start it again with `longshore up --data {}/data --listen {}`",
+            kept.display(),
+            script.host
         ));
         script.stop().await?;
     } else {
