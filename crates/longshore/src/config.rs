@@ -436,7 +436,13 @@ fn malformed(name: &str, error: &serde_saphyr::Error) -> Refused {
 fn nearest_of_message(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     let (unknown, rest) = rest.split_once('`')?;
-    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+    // One parser puts the known keys into backticks and goes on with the line itself, the other not.
+    let (_, known) = rest.lines().next()?.split_once("expected ")?;
+    let known: Vec<&str> = known
+        .trim_start_matches("one of ")
+        .split([',', ' ', '`'])
+        .filter(|word| !word.is_empty() && *word != "or")
+        .collect();
     delivery::target::nearest(unknown, &known).map(|known| format!("did you mean `{known}`?"))
 }
 

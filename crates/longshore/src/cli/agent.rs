@@ -397,6 +397,16 @@ pub(crate) fn explain(explanation: &Explanation) {
             attempt.outcome.as_deref().unwrap_or("goes on")
         ));
     }
+    if let Some(rollback) = &explanation.rollback {
+        output::line(format!(
+            "  back from {} by attempt {} by {} at {}: {}",
+            rollback.digest,
+            rollback.attempt,
+            rollback.trigger,
+            rollback.started,
+            rollback.reason.as_deref().unwrap_or("goes on")
+        ));
+    }
     if let Some(plan) = &explanation.plan {
         output::line("  plan");
         for change in &plan.changes {
