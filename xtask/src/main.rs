@@ -15,6 +15,7 @@
     reason = "a menu for people starts programs, reads the clock and prints; nothing of it is shipped"
 )]
 
+mod bench;
 mod conformance;
 mod deny;
 mod engine;
@@ -64,6 +65,8 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
+    /// Measures the server beside nginx, a sink and other registries, as ratios.
+    Bench(bench::Arguments),
 }
 
 /// A part of the tests.
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         }),
         Command::Deny => deny::run(),
         Command::Conformance { program, release } => conformance::run(&program, release),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
