@@ -37,6 +37,7 @@ pub(crate) struct Registry {
 impl Registry {
     /// Opens the store and binds every address.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
+        open_more_files();
         let store = Store::open(&config.data, config.store.clone())
             .await
             .with_context(|| {
@@ -86,6 +87,17 @@ impl Registry {
         };
         self.store.close().await.context("closing the store")?;
         outcome
+    }
+}
+
+/// Raises the limit of open files as far as it goes. Systems start services with room for 1024, which is
+/// fewer than the connections that are served at once.
+fn open_more_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }
 
