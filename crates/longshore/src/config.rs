@@ -410,7 +410,16 @@ fn put(document: &mut Value, path: &[String], value: Value) {
 fn nearest_of_message(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     let (unknown, rest) = rest.split_once('`')?;
-    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+    // One parser writes the known keys in backticks, the other bare and the line once more below.
+    let known: Vec<&str> = rest
+        .lines()
+        .next()?
+        .split_once("expected ")?
+        .1
+        .trim_start_matches("one of ")
+        .split([',', ' ', '`'])
+        .filter(|word| !word.is_empty() && *word != "or")
+        .collect();
     delivery::target::nearest(unknown, &known).map(|known| format!("did you mean `{known}`?"))
 }
 

@@ -33,6 +33,10 @@ fn an_unknown_key_names_the_nearest_one() {
     let (message, hint) = refused("version: 1\nserver:\n  lisen: 127.0.0.1:1\n", &[]);
     assert!(message.contains("lisen"), "{message}");
     assert_eq!(hint.as_deref(), Some("did you mean `listen`?"));
+    let (_, hint) = refused("version: 1\nstorage: {alow_sparse: true}\n", &[]);
+    assert_eq!(hint.as_deref(), Some("did you mean `allow_sparse`?"));
+    let (_, hint) = refused("version: 1", &[("LONGSHORE_STORAGE__LESE", "1d")]);
+    assert_eq!(hint.as_deref(), Some("did you mean `lease`?"));
 }
 
 #[test]
