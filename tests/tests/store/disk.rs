@@ -148,7 +148,12 @@ fn a_disk_without_a_byte_refuses_every_write_and_serves_every_read() {
         last = Some(answer);
         break;
     }
-    refused(&last.expect("the disk gets full"), 507, "UNKNOWN", "free some space");
+    refused(
+        &last.expect("the disk gets full"),
+        507,
+        "UNKNOWN",
+        "free some space",
+    );
     for _ in 0..3 {
         let answer = server.request("POST", "/v2/full/rows/blobs/uploads/", &[], &[]);
         refused(&answer, 507, "UNKNOWN", "free some space");
@@ -351,7 +356,7 @@ fn a_failed_sync_of_the_database_ends_the_server() {
 
 #[test]
 fn a_failed_write_of_the_log_ends_the_server() {
-    the_database_fails("pwrite64:error=EIO:when=30", "meta.db-wal");
+    the_database_fails("pwrite64:error=EIO:when=400", "meta.db-wal");
 }
 
 #[test]
@@ -359,7 +364,8 @@ fn a_failed_write_in_the_middle_of_a_transaction_ends_the_server() {
     let mut server = Server::start();
     let kept = keepsake(&server);
     let config = image::push_blob(server.url(), "spill/app", b"{}");
-    // More than the database keeps in memory, so that pages are written before the commit.
+    // More than the database keeps in memory, so that pages are written before the commit; many more than
+    // the background work writes meanwhile.
     let manifest = serde_json::json!({
         "schemaVersion": 2,
         "mediaType": image::MANIFEST,
@@ -371,7 +377,7 @@ fn a_failed_write_in_the_middle_of_a_transaction_ends_the_server() {
     let tracer = Tracer::attach(
         &server,
         Some("store-writer"),
-        "pwrite64:error=EIO:when=1",
+        "pwrite64:error=EIO:when=60",
         None,
     );
     let answer = server.request(

@@ -25,7 +25,13 @@ struct Pusher<'a> {
 }
 
 impl Pusher<'_> {
-    fn ask(&mut self, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
+    fn ask(
+        &mut self,
+        method: &str,
+        target: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Response {
         self.connection
             .request(method, target, headers, body)
             .unwrap_or_else(|error| panic!("{method} {target}: {error}"))
@@ -35,7 +41,12 @@ impl Pusher<'_> {
     fn blob(&mut self, repository: &str, bytes: &[u8], way: u64) -> String {
         let wanted = digest(bytes);
         let base = format!("/v2/{repository}/blobs");
-        if way % 4 == 3 && self.ask("HEAD", &format!("{base}/{wanted}"), &[], &[]).status() == 200 {
+        if way % 4 == 3
+            && self
+                .ask("HEAD", &format!("{base}/{wanted}"), &[], &[])
+                .status()
+                == 200
+        {
             return wanted;
         }
         let target = match way % 4 {
@@ -54,7 +65,12 @@ impl Pusher<'_> {
         let done = if way % 2 == 0 && half > 0 {
             let answer = self.ask("PATCH", &upload, &[], &bytes[..half]);
             assert_eq!(answer.status(), 202, "{}", answer.text());
-            self.ask("PUT", &format!("{upload}?digest={wanted}"), &[], &bytes[half..])
+            self.ask(
+                "PUT",
+                &format!("{upload}?digest={wanted}"),
+                &[],
+                &bytes[half..],
+            )
         } else {
             self.ask("PUT", &format!("{upload}?digest={wanted}"), &[], bytes)
         };
@@ -89,7 +105,10 @@ impl Pusher<'_> {
         assert_eq!(answer.status(), 201, "{}", answer.text());
         let wanted = digest(&manifest);
         let key = (repository.to_owned(), wanted.clone());
-        self.acknowledged.lock().unwrap().insert(key.clone(), manifest);
+        self.acknowledged
+            .lock()
+            .unwrap()
+            .insert(key.clone(), manifest);
         match turn % 7 {
             1 => {
                 let answer = self.ask("DELETE", &target, &[], &[]);
@@ -139,7 +158,10 @@ fn check(server: &Server, acknowledged: &BTreeMap<(String, String), Vec<u8>>) {
             let answer = get(&format!("/v2/{repository}/manifests/{tag}"));
             assert_eq!(answer.status(), 200, "{repository}:{tag}");
             let key = (repository.to_owned(), digest(&answer.body));
-            assert!(acknowledged.contains_key(&key), "{repository}:{tag} is not acknowledged");
+            assert!(
+                acknowledged.contains_key(&key),
+                "{repository}:{tag} is not acknowledged"
+            );
         }
     }
 }

@@ -60,7 +60,12 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
 
 /// Starts an upload and gives back its path.
 fn open_upload(server: &Server, repository: &str) -> String {
-    let answer = server.request("POST", &format!("/v2/{repository}/blobs/uploads/"), &[], &[]);
+    let answer = server.request(
+        "POST",
+        &format!("/v2/{repository}/blobs/uploads/"),
+        &[],
+        &[],
+    );
     assert_eq!(answer.status(), 202, "{}", answer.text());
     answer
         .header("location")
