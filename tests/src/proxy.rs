@@ -191,7 +191,7 @@ impl Proxy {
                 break;
             }
         }
-        let mut buffer = [0; 64 * 1024];
+        let mut buffer = vec![0; 64 * 1024];
         loop {
             let got = answer.read(&mut buffer)?;
             if got == 0 {

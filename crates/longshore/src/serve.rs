@@ -41,6 +41,7 @@ impl Registry {
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
+        open_more_files();
         let store = Store::open(&config.data, config.store.clone())
             .await
             .with_context(|| {
@@ -91,6 +92,17 @@ impl Registry {
         // Why it ended says more than how the end went.
         outcome?;
         closed
+    }
+}
+
+/// Raises the limit of open files as far as it goes. Systems start services with room for 1024, which is
+/// fewer than the connections that are served at once.
+fn open_more_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }
 
