@@ -17,7 +17,14 @@ use crate::output::{Exit, Refused};
 /// # Errors
 /// Exit code 78 with file, line and what to do.
 pub(crate) fn load(path: &Path) -> anyhow::Result<AgentConfig> {
-    AgentConfig::load(path).map_err(|error| match error {
+    // Paths in it are relative to its directory, which a bare file name does not have.
+    let path = std::path::absolute(path).map_err(|error| {
+        Refused::new(
+            Exit::CONFIG,
+            format!("cannot find `{}`: {error}", path.display()),
+        )
+    })?;
+    AgentConfig::load(&path).map_err(|error| match error {
         ConfigError::Read { path, source } => Refused::new(
             Exit::CONFIG,
             format!("cannot read `{}`: {source}", path.display()),
@@ -60,4 +67,18 @@ pub(crate) async fn run(path: &Path) -> anyhow::Result<()> {
         () = signal => shutdown.cancel(),
     }
     Ok(agent.await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_file_name_is_enough() {
+        // Tests run in the directory of the crate, where there is no such file.
+        let error = load(Path::new("no-such-agent.yaml")).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("no-such-agent.yaml"), "{message}");
+        assert!(message.contains("/no-such-agent.yaml"), "{message}");
+    }
 }

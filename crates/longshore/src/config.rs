@@ -188,19 +188,17 @@ impl Raw {
         let raw: Self = if text.trim().is_empty() {
             Self::default()
         } else {
-            serde_saphyr::from_str(text).map_err(|error| {
-                let text = error.to_string();
-                let refused = Refused::new(Exit::CONFIG, format!("{name}: {text}"));
-                anyhow::Error::new(match nearest_of_message(&text) {
-                    Some(hint) => refused.hint(hint),
-                    None => refused,
-                })
-            })?
+            serde_saphyr::from_str(text).map_err(|error| malformed(name, &error))?
         };
         match raw.version {
             Some(1) => Ok(raw),
             None => Err(
                 Refused::new(Exit::CONFIG, format!("{name}: `version` is missing"))
+                    .hint("write `version: 1` at the top")
+                    .into(),
+            ),
+            Some(0) => Err(
+                Refused::new(Exit::CONFIG, format!("{name}: there is no `version: 0`"))
                     .hint("write `version: 1` at the top")
                     .into(),
             ),
@@ -288,6 +286,13 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        let log = self.log.unwrap_or_default();
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
+            anyhow::bail!(
+                "`log.level`: `{}` is no filter, write for example `info` or `registry=debug,info`: {error}",
+                log.level
+            );
+        }
         let htpasswd = self.auth.htpasswd;
         let rules = match (self.access, &htpasswd) {
             (Some(_), None) => {
@@ -348,7 +353,7 @@ impl Raw {
             store: options,
             htpasswd,
             rules,
-            log: self.log.unwrap_or_default(),
+            log,
         })
     }
 }
@@ -406,16 +411,34 @@ fn put(document: &mut Value, path: &[String], value: Value) {
     }
 }
 
+/// A message with file and line, and without the document, which may hold secrets.
+fn malformed(name: &str, error: &serde_saphyr::Error) -> Refused {
+    let error = error.without_snippet();
+    let place = error
+        .location()
+        .map_or_else(|| name.to_owned(), |at| format!("{name}:{}", at.line()));
+    if let serde_saphyr::Error::SerdeUnknownField {
+        field, expected, ..
+    } = error
+    {
+        let refused = Refused::new(Exit::CONFIG, format!("{place}: unknown key `{field}`"));
+        return match delivery::target::nearest(field, expected) {
+            Some(known) => refused.hint(format!("did you mean `{known}`?")),
+            None => refused.hint(format!("known here are `{}`", expected.join("`, `"))),
+        };
+    }
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    Refused::new(Exit::CONFIG, format!("{place}: {first}"))
+}
+
 /// The nearest known key, when a message of the parser says "unknown field".
 fn nearest_of_message(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     let (unknown, rest) = rest.split_once('`')?;
-    // One parser writes the known keys in backticks, the other bare and the line once more below.
-    let known: Vec<&str> = rest
-        .lines()
-        .next()?
-        .split_once("expected ")?
-        .1
+    // One parser puts the known keys into backticks and goes on with the line itself, the other not.
+    let (_, known) = rest.lines().next()?.split_once("expected ")?;
+    let known: Vec<&str> = known
         .trim_start_matches("one of ")
         .split([',', ' ', '`'])
         .filter(|word| !word.is_empty() && *word != "or")

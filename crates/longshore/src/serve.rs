@@ -1,6 +1,7 @@
 //! Wiring of the registry: configuration → store and server → run until a signal.
 
 use std::future::Future;
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -20,6 +21,7 @@ pub(crate) fn logging(log: &Log) {
         .unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     let _ = match log.format {
         LogFormat::Json => builder.json().try_init(),
@@ -38,12 +40,13 @@ impl Registry {
     /// Opens the store and binds every address.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
         open_more_files();
+        // A wrong configuration must not leave a data directory behind.
+        let settings = settings(config)?;
         let store = Store::open(&config.data, config.store.clone())
             .await
             .with_context(|| {
                 format!("cannot open the data directory `{}`", config.data.display())
             })?;
-        let settings = settings(config)?;
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -85,8 +88,10 @@ impl Registry {
                 () = store.maintain() => Err(anyhow::anyhow!("the store stopped, restart the server and look at its log")),
             }
         };
-        self.store.close().await.context("closing the store")?;
-        outcome
+        let closed = self.store.close().await.context("closing the store");
+        // Why it ended says more than how the end went.
+        outcome?;
+        closed
     }
 }
 
