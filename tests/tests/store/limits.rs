@@ -350,7 +350,8 @@ fn huge_heads_are_refused() {
         "GET /v2/ HTTP/1.1\r\nHost: localhost\r\n{}",
         (0..160)
             .map(|n| format!("X-{n}: {long}\r\n"))
-            .collect::<String>()
+            .collect::<Vec<_>>()
+            .concat()
     ));
     for head in heads {
         let mut stream = TcpStream::connect(server.host()).unwrap();
