@@ -188,14 +188,7 @@ impl Raw {
         let raw: Self = if text.trim().is_empty() {
             Self::default()
         } else {
-            serde_saphyr::from_str(text).map_err(|error| {
-                let text = error.to_string();
-                let refused = Refused::new(Exit::CONFIG, format!("{name}: {text}"));
-                anyhow::Error::new(match nearest_of_message(&text) {
-                    Some(hint) => refused.hint(hint),
-                    None => refused,
-                })
-            })?
+            serde_saphyr::from_str(text).map_err(|error| malformed(name, &error))?
         };
         match raw.version {
             Some(1) => Ok(raw),
@@ -416,6 +409,27 @@ fn put(document: &mut Value, path: &[String], value: Value) {
             put(field, rest, value);
         }
     }
+}
+
+/// A message with file and line, and without the document, which may hold secrets.
+fn malformed(name: &str, error: &serde_saphyr::Error) -> Refused {
+    let error = error.without_snippet();
+    let place = error
+        .location()
+        .map_or_else(|| name.to_owned(), |at| format!("{name}:{}", at.line()));
+    if let serde_saphyr::Error::SerdeUnknownField {
+        field, expected, ..
+    } = error
+    {
+        let refused = Refused::new(Exit::CONFIG, format!("{place}: unknown key `{field}`"));
+        return match delivery::target::nearest(field, expected) {
+            Some(known) => refused.hint(format!("did you mean `{known}`?")),
+            None => refused.hint(format!("known here are `{}`", expected.join("`, `"))),
+        };
+    }
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    Refused::new(Exit::CONFIG, format!("{place}: {first}"))
 }
 
 /// The nearest known key, when a message of the parser says "unknown field".

@@ -136,13 +136,28 @@ pub(crate) fn error(error: &anyhow::Error) {
         }
         last = text;
     }
-    let hint = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Refused>())
-        .and_then(|refused| refused.hint.as_ref());
-    if let Some(hint) = hint {
+    if let Some(hint) = hint(error) {
         let _ = writeln!(err, "hint: {hint}");
     }
+}
+
+/// What to do about an error, as far as its message does not say it.
+fn hint(error: &anyhow::Error) -> Option<&str> {
+    error.chain().find_map(|cause| {
+        if let Some(refused) = cause.downcast_ref::<Refused>() {
+            return refused.hint.as_deref();
+        }
+        match cause.downcast_ref::<client::Error>()? {
+            // Trying again does not help: it is the certificate.
+            error @ client::Error::Unreachable { .. } if !error.is_transient() => Some(
+                "its certificate is not trusted: name the authority that issued it with `--ca-file FILE`",
+            ),
+            client::Error::Unauthorized { .. } => {
+                Some("log in with `longshore login HOST`, or ask the registry's owner for the right")
+            }
+            _ => None,
+        }
+    })
 }
 
 /// Bytes for people: `1.5 MiB`.
@@ -250,6 +265,23 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
+    }
+
+    #[test]
+    fn a_refused_access_says_what_to_do() {
+        let error = anyhow::Error::new(client::Error::Unauthorized {
+            host: "r.example".into(),
+            what: "x".into(),
+            message: "no".into(),
+        });
+        assert!(
+            hint(&error.context("listing"))
+                .unwrap()
+                .contains("longshore login")
+        );
+        let error = anyhow::Error::new(Refused::new(Exit::USAGE, "no").hint("do this"));
+        assert_eq!(hint(&error), Some("do this"));
+        assert_eq!(hint(&anyhow::anyhow!("x")), None);
     }
 
     #[test]

@@ -41,6 +41,7 @@ impl Registry {
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
+        open_more_files();
         let store = Store::open(&config.data, config.store.clone())
             .await
             .with_context(|| {
@@ -87,8 +88,21 @@ impl Registry {
                 () = store.maintain() => Err(anyhow::anyhow!("the store stopped, restart the server and look at its log")),
             }
         };
-        self.store.close().await.context("closing the store")?;
-        outcome
+        let closed = self.store.close().await.context("closing the store");
+        // Why it ended says more than how the end went.
+        outcome?;
+        closed
+    }
+}
+
+/// Raises the limit of open files as far as it goes. Systems start services with room for 1024, which is
+/// fewer than the connections that are served at once.
+fn open_more_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }
 

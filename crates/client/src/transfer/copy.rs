@@ -68,7 +68,10 @@ pub async fn copy(
 
     for wave in plan.waves() {
         let mut written = futures_util::stream::iter(wave)
-            .map(|node| destination.put_manifest(&node.manifest, node.subject.is_some()))
+            .map(|at| {
+                let node = &plan.nodes[at];
+                destination.put_manifest(&node.manifest, node.subject.is_some())
+            })
             .buffer_unordered(parallel);
         while let Some(written) = written.try_next().await? {
             report.manifests += u64::from(written);
@@ -258,7 +261,7 @@ impl Plan {
     }
 
     /// The nodes in groups: each follows its children and its subject.
-    fn waves(&self) -> Vec<Vec<&Node>> {
+    fn waves(&self) -> Vec<Vec<usize>> {
         let mut left: Vec<usize> = (0..self.nodes.len()).collect();
         let mut done = vec![false; self.nodes.len()];
         let mut waves = Vec::new();
@@ -280,7 +283,7 @@ impl Plan {
             for at in &wave {
                 done[*at] = true;
             }
-            waves.push(wave.into_iter().map(|at| &self.nodes[at]).collect());
+            waves.push(wave);
         }
         waves
     }

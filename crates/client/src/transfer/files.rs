@@ -264,12 +264,12 @@ pub async fn pull_files(
                 .map_err(Error::file(parent))?;
         }
     }
-    let mut written = futures_util::stream::iter(work.into_iter().zip(&files))
+    let mut written = futures_util::stream::iter(work.into_iter().zip(files.clone()))
         .map(|((layer, _), path)| {
             let source = &source;
             async move {
                 progress.start(&layer.digest, layer.size);
-                source.blob_to_file(&layer, path, progress).await?;
+                source.blob_to_file(&layer, &path, progress).await?;
                 progress.finish(&layer.digest, false);
                 Ok::<_, Error>(())
             }

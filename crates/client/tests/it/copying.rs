@@ -4,6 +4,7 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 use client::layout::Layout;
+use client::longshore::EventStream;
 use client::transfer::{
     Artifact, CopyOptions, FileLayer, Location, Progress, Silent, TITLE, copy, pull_files,
     push_files,
@@ -511,4 +512,27 @@ async fn names_that_leave_the_directory_write_nothing() {
         );
     }
     assert!(fake.asked("GET", "/blobs/").is_empty());
+}
+
+/// Every call can run in a task of its own.
+#[test]
+fn futures_are_send() {
+    fn check<T: Send>(_: impl FnOnce() -> T) {}
+    let directory = std::path::Path::new("d");
+    let location: Location = "oci:d".parse().unwrap();
+    let client = client();
+    let name = "a".parse().unwrap();
+    let repository = client.repository("h", &name);
+    let digest = Digest::sha256(b"");
+    let descriptor = Descriptor::empty();
+    check(|| copy(&client, &location, &location, OPTIONS, &Silent));
+    let artifact = Artifact::default();
+    check(|| push_files(&client, &location, &artifact, 1, &Silent));
+    check(|| pull_files(&client, &location, directory, 1, &Silent));
+    check(|| repository.evidence(&digest));
+    check(|| repository.referrers(&digest, None));
+    check(|| repository.blob_to_file(&descriptor, directory));
+    check(|| repository.put_blob_file(&descriptor, directory));
+    check(|| client.catalog("h"));
+    check(|| EventStream::open(&client, "h", None));
 }

@@ -410,13 +410,16 @@ pub(crate) fn explain(explanation: &Explanation) {
     if let Some(plan) = &explanation.plan {
         output::line("  plan");
         for change in &plan.changes {
-            output::line(
-                format!(
-                    "    {:?} {}: {}",
-                    change.action, change.subject, change.reason
-                )
-                .to_lowercase(),
-            );
+            let action = match change.action {
+                Action::Create => "create",
+                Action::Recreate => "recreate",
+                Action::Remove => "remove",
+                Action::Keep => "keep",
+            };
+            output::line(format!(
+                "    {action} {}: {}",
+                change.subject, change.reason
+            ));
         }
     }
     if !explanation.steps.is_empty() {

@@ -160,7 +160,7 @@ fn loaded_libraries() -> anyhow::Result<BTreeMap<String, PathBuf>> {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        if name.ends_with(".so") || name.contains(".so.") {
+        if path.extension().is_some_and(|ending| ending == "so") || name.contains(".so.") {
             libraries.insert(name, path);
         }
     }

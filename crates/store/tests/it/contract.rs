@@ -136,7 +136,7 @@ async fn manifests_are_one_transaction(store: &Store) {
     let view = image(&config, std::slice::from_ref(&missing));
     match put(store, &repository, &view, &["v1"]).await {
         Err(Error::MissingReferences(digests)) => {
-            assert_eq!(digests, std::slice::from_ref(&missing.digest))
+            assert_eq!(digests, std::slice::from_ref(&missing.digest));
         }
         other => panic!("{other:?}"),
     }

@@ -6,6 +6,9 @@ mod contract;
 mod directory;
 #[cfg(test)]
 mod engine;
+#[cfg(feature = "failpoints")]
+#[cfg(test)]
+mod kill;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]

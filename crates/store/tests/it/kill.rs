@@ -1,0 +1,146 @@
+//! A child process is killed at every failpoint; what it acknowledged is there afterwards and the store is sound.
+
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+
+use oci::{Algorithm, Digest};
+use store::{Expected, Options, Store, verify_audit, verify_store};
+
+use crate::engine::{
+    actor, by_tag, content, image, name, push_blob, push_in_pieces, put, read_blob, tag,
+};
+
+const DIRECTORY: &str = "STORE_KILL_DIRECTORY";
+
+#[tokio::test]
+async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
+    for point in store::failpoints() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().join("data");
+        // Made by the parent, so that the points are passed by pushes and not by the first start.
+        Store::open(&dir, Options::default())
+            .await
+            .unwrap()
+            .close()
+            .await
+            .unwrap();
+        let output = child(&dir, point);
+        assert_eq!(
+            output.signal(),
+            Some(9),
+            "`{point}` was not passed: {output}"
+        );
+        let acknowledged =
+            std::fs::read_to_string(dir.with_extension("acknowledged")).unwrap_or_default();
+        let report = verify_store(&dir).await.unwrap();
+        assert!(
+            report.problems.is_empty(),
+            "`{point}`: {:?}",
+            report.problems
+        );
+        verify_audit(&dir).await.unwrap();
+        let store = Store::open(&dir, Options::default()).await.unwrap();
+        let repository = name("a/b");
+        for line in acknowledged.lines() {
+            let (kind, value) = line.split_once(' ').unwrap();
+            let there = match kind {
+                "blob" => {
+                    let digest: Digest = value.parse().unwrap();
+                    let bytes = read_blob(&store, &repository, &digest).await.unwrap();
+                    digest.matches(&bytes)
+                }
+                "tag" => store
+                    .manifest(&repository, &by_tag(value))
+                    .await
+                    .unwrap()
+                    .is_some(),
+                "untag" => store
+                    .manifest(&repository, &by_tag(value))
+                    .await
+                    .unwrap()
+                    .is_none(),
+                other => panic!("{other}"),
+            };
+            assert!(there, "`{point}`: {line}");
+        }
+        // The same work again comes to its end, and the outbox too.
+        work(&store, |_| {}).await;
+        store.maintain_once().await.unwrap();
+        store.close().await.unwrap();
+        let report = verify_store(&dir).await.unwrap();
+        assert!(
+            report.problems.is_empty(),
+            "`{point}` afterwards: {:?}",
+            report.problems
+        );
+    }
+}
+
+/// Does the work when it is the child of the test above, else nothing.
+#[tokio::test]
+async fn child_of_the_kill_test() {
+    let Some(dir) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+        return;
+    };
+    let store = Store::open(&dir, Options::default()).await.unwrap();
+    let mut file = std::fs::File::create(dir.with_extension("acknowledged")).unwrap();
+    work(&store, |line| writeln!(file, "{line}").unwrap()).await;
+    store.close().await.unwrap();
+}
+
+async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
+    let repository = name("a/b");
+    for seed in 0..3 {
+        let small = push_blob(store, &repository, &content(seed, 900)).await;
+        acknowledge(format!("blob {}", small.digest));
+        let large =
+            push_in_pieces(store, &repository, &content(seed + 100, 1_500_000), 600_000).await;
+        acknowledge(format!("blob {}", large.digest));
+        let again = push_blob(store, &repository, &content(seed + 100, 1_500_000)).await;
+        acknowledge(format!("blob {}", again.digest));
+        put(
+            store,
+            &repository,
+            &image(&small, &[large]),
+            &[&format!("v{seed}"), "latest"],
+        )
+        .await
+        .unwrap();
+        acknowledge(format!("tag v{seed}"));
+        store.maintain_once().await.unwrap();
+    }
+    let id = store
+        .start_upload(&repository, Algorithm::Sha256, &actor())
+        .await
+        .unwrap();
+    store.cancel_upload(&repository, &id).await.unwrap();
+    put(
+        store,
+        &repository,
+        &image(&push_blob(store, &repository, &content(7, 7)).await, &[]),
+        &["gone"],
+    )
+    .await
+    .unwrap();
+    store
+        .delete_tag(&repository, &tag("gone"), Expected::Any, &actor())
+        .await
+        .unwrap();
+    acknowledge("untag gone".to_owned());
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the test starts itself as the process that is killed"
+)]
+fn child(dir: &std::path::Path, point: &str) -> std::process::ExitStatus {
+    std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "kill::child_of_the_kill_test"])
+        .env(DIRECTORY, dir)
+        .env("LONGSHORE_FAILPOINT", format!("{point}:1"))
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap()
+}
