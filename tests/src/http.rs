@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 /// How long a read or write may stand still.
-const TIMEOUT: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// The head of an answer.
 #[derive(Clone, Debug)]
@@ -242,7 +242,7 @@ impl Connection {
 
     fn exactly(&mut self, length: u64, piece: &mut impl FnMut(&[u8])) -> io::Result<u64> {
         let mut left = length;
-        let mut buffer = [0; 64 * 1024];
+        let mut buffer = [0; 16 * 1024];
         while left > 0 {
             let most = usize::try_from(left)
                 .unwrap_or(usize::MAX)

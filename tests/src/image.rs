@@ -196,11 +196,12 @@ impl Image {
         let config_digest = push_blob(registry, repository, config.as_bytes());
         let mut descriptors = Vec::new();
         for layer in &layers {
-            let blob = push_blob(registry, repository, layer);
+            let packed = gzip(layer);
+            let blob = push_blob(registry, repository, &packed);
             descriptors.push(descriptor(
-                "application/vnd.oci.image.layer.v1.tar",
+                "application/vnd.oci.image.layer.v1.tar+gzip",
                 &blob,
-                layer.len(),
+                packed.len(),
             ));
         }
         let manifest = json!({
@@ -262,4 +263,13 @@ fn append(archive: &mut tar::Builder<Vec<u8>>, name: &str, bytes: &[u8], mode: u
     archive
         .append_data(&mut header, name, bytes)
         .expect("an archive in memory takes entries");
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder
+        .write_all(bytes)
+        .and_then(|()| encoder.finish())
+        .expect("compression in memory does not fail")
 }

@@ -11,7 +11,7 @@ use crate::{Run, Scratch, http, tools};
 
 /// How long a start or a stop may take; a start that needs a second is a defect of its own, but
 /// not this harness's to judge.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// How a server is started.
 #[derive(Clone, Debug)]
@@ -277,6 +277,9 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
+        if std::thread::panicking() {
+            eprintln!("the server said:\n{}", self.logged());
+        }
     }
 }
 

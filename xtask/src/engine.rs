@@ -104,7 +104,7 @@ pub(crate) fn engine() -> anyhow::Result<Engine> {
             });
         }
         let ended = engine.daemon.try_wait()?;
-        if ended.is_some() || start.elapsed() > Duration::from_secs(60) {
+        if ended.is_some() || start.elapsed() > Duration::from_mins(1) {
             let log = std::fs::read_to_string(dir.join("log")).unwrap_or_default();
             let tail: Vec<_> = log.lines().rev().take(20).collect();
             drop(engine);

@@ -18,6 +18,9 @@
 mod conformance;
 mod deny;
 mod engine;
+mod kill;
+mod load;
+mod power_cut;
 mod provision;
 mod shell;
 mod test;
@@ -49,6 +52,9 @@ enum Command {
         /// Only tests whose name contains this.
         #[arg(long)]
         filter: Option<String>,
+        /// Test this program end to end instead of building it.
+        #[arg(long)]
+        program: Option<PathBuf>,
     },
     /// Exactly what CI runs (`.ci/run`).
     Ci,
@@ -64,6 +70,10 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
+    /// Kills the server at every failpoint and at random, and lets its disk refuse to sync.
+    Kill(kill::Options),
+    /// Cuts the power of the server's file system (needs root).
+    PowerCut(power_cut::Options),
 }
 
 /// A part of the tests.
@@ -77,7 +87,11 @@ enum Part {
 
 fn main() -> ExitCode {
     let outcome = match Menu::parse().command {
-        Command::Test { only, filter } => test::run(only, filter.as_deref()),
+        Command::Test {
+            only,
+            filter,
+            program,
+        } => test::run(only, filter.as_deref(), program),
         Command::Ci => shell::run("bash", [".ci/run"]).map(|()| true),
         Command::Tools => provision::tools().map(|tools| {
             tools.print();
@@ -85,6 +99,8 @@ fn main() -> ExitCode {
         }),
         Command::Deny => deny::run(),
         Command::Conformance { program, release } => conformance::run(&program, release),
+        Command::Kill(options) => kill::run(&options),
+        Command::PowerCut(options) => power_cut::run(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

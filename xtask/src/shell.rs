@@ -47,7 +47,7 @@ pub(crate) fn run<S: AsRef<OsStr>>(
 pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<()> {
     let status = command
         .status()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !status.success() {
         bail!("{command:?}: {status}");
     }
@@ -59,7 +59,7 @@ pub(crate) fn read(command: &mut Command) -> anyhow::Result<String> {
     let output = command
         .stderr(Stdio::piped())
         .output()
-        .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     if !output.status.success() {
         bail!(
             "{command:?}: {}\n{}",
@@ -82,7 +82,8 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 /// Builds the program and gives back where it is.
 pub(crate) fn build(release: bool, features: &[&str]) -> anyhow::Result<PathBuf> {
     let mut cargo = cargo();
-    cargo.args(["build", "--quiet", "--package", "longshore"]);
+    // The whole workspace is named, so that dependencies have the features that the tests built them with.
+    cargo.args(["build", "--quiet", "--workspace", "--bin", "longshore"]);
     // A build with test switches goes into a directory of its own, so that nobody ships it by mistake.
     let mut target = target();
     if !features.is_empty() {

@@ -10,6 +10,9 @@ use anyhow::Context as _;
 
 use crate::{Part, engine, provision, shell};
 
+/// The tests of the store's contract, which start a PostgreSQL server.
+const POSTGRES: &str = "contract::";
+
 /// What one part of the tests came to.
 #[derive(Debug, Default)]
 struct Count {
@@ -30,22 +33,28 @@ enum Outcome {
 }
 
 /// Runs the tests; `false` when one failed.
-pub(crate) fn run(only: Option<Part>, filter: Option<&str>) -> anyhow::Result<bool> {
+pub(crate) fn run(
+    only: Option<Part>,
+    filter: Option<&str>,
+    program: Option<PathBuf>,
+) -> anyhow::Result<bool> {
     let mut counts = Vec::new();
     if only != Some(Part::E2e) {
-        let mut cargo = shell::cargo();
-        cargo
-            .args(["test", "--workspace", "--exclude", "e2e", "--no-fail-fast"])
-            .args(filter);
+        let mut cargo = workspace();
+        cargo.args(filter).args(["--", "--skip", POSTGRES]);
         counts.push(tests("unit", &mut cargo)?);
     }
     if only != Some(Part::Unit) {
-        end_to_end(filter, &mut counts)?;
+        end_to_end(filter, program, &mut counts)?;
     }
     Ok(summary(&counts))
 }
 
-fn end_to_end(filter: Option<&str>, counts: &mut Vec<Count>) -> anyhow::Result<()> {
+fn end_to_end(
+    filter: Option<&str>,
+    program: Option<PathBuf>,
+    counts: &mut Vec<Count>,
+) -> anyhow::Result<()> {
     let tools = provision::tools()?;
     if !tools.missing.is_empty() {
         let mut count = Count {
@@ -61,25 +70,16 @@ fn end_to_end(filter: Option<&str>, counts: &mut Vec<Count>) -> anyhow::Result<(
         counts.push(count);
         return Ok(());
     }
-    let program = shell::build(false, &[])?;
+    let program = match program {
+        Some(program) => std::path::absolute(program)?,
+        None => shell::build(false, &[])?,
+    };
 
-    let mut cargo = shell::cargo();
-    cargo
-        .args([
-            "test",
-            "--package",
-            "store",
-            "--features",
-            "postgres-tests",
-            "--no-fail-fast",
-        ])
-        .args(filter);
-    let postgres = tools
-        .postgres
-        .clone()
-        .context("PostgreSQL is there, or it would have been named as missing")?;
-    cargo.env("PATH", with_path(&[&postgres]));
-    counts.push(tests("store on both databases", &mut cargo)?);
+    if filter.is_none_or(|filter| filter.contains(POSTGRES)) {
+        let mut cargo = workspace();
+        cargo.args(["--test", "it", POSTGRES]);
+        counts.push(tests("both databases", &mut cargo)?);
+    }
 
     let engine = engine::engine()?;
     let mut cargo = shell::cargo();
@@ -106,6 +106,21 @@ fn end_to_end(filter: Option<&str>, counts: &mut Vec<Count>) -> anyhow::Result<(
     table(&count, &tools.not_run);
     counts.push(count);
     Ok(())
+}
+
+/// All tests but the end-to-end ones, in one build with the store's failpoints, which its crash tests need.
+fn workspace() -> Command {
+    let mut cargo = shell::cargo();
+    cargo.args([
+        "test",
+        "--workspace",
+        "--exclude",
+        "e2e",
+        "--no-fail-fast",
+        "--features",
+        "store/failpoints",
+    ]);
+    cargo
 }
 
 /// `PATH` with directories before it.

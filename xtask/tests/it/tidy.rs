@@ -144,7 +144,8 @@ fn manifest(name: &str, text: &str) -> Vec<String> {
         {
             continue;
         }
-        if key < last {
+        // Cargo takes both signs for one, so the order does as well.
+        if key.replace('_', "-") < last.replace('_', "-") {
             problems.push(format!("{name}: {section}: `{key}` stands after `{last}`"));
         }
         last = key;
@@ -159,8 +160,8 @@ fn manifest(name: &str, text: &str) -> Vec<String> {
 
 fn files(dir: &Path, ending: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
+    for entry in fs::read_dir(dir).expect("the repository can be read") {
+        let path = entry.expect("the repository can be read").path();
         let name = path
             .file_name()
             .unwrap_or_default()

@@ -38,7 +38,6 @@ const OWNERS: &[(&str, &str)] = &[
     ("rusqlite", "store"),
     ("scrypt", "trust"),
     ("tokio-postgres", "store"),
-    ("tokio-rustls", "registry"),
 ];
 
 /// Crates that are pure: values and bytes only, no runtime and no clock of an edge.

@@ -1,0 +1,164 @@
+//! `cargo xtask power-cut`: a real power cut, as far as a file system can tell.
+//!
+//! A killed process leaves the page cache, so it proves nothing about fsync. Here the server writes
+//! to an ext4 of its own in a loop file; in the middle of the load that file system is shut down
+//! without flushing its log, so that only what was synced is there when it is mounted again.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use e2e::server::Options as ServerOptions;
+
+use crate::load::{Load, Random};
+use crate::{kill, shell};
+
+/// How the program runs.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// How many power cuts.
+    #[arg(long, default_value_t = 20)]
+    rounds: u64,
+    /// How many pushers at once.
+    #[arg(long, default_value_t = 16)]
+    pushers: u64,
+    /// Repeats a run.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// `EXT4_IOC_SHUTDOWN`.
+const SHUTDOWN: rustix::ioctl::Opcode = 0x8004_587d;
+/// Do not flush the log: what was not synced is gone.
+const NO_LOG_FLUSH: u32 = 2;
+
+/// Runs it; `false` when something was lost.
+pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
+    if !shell::is_root() {
+        bail!("mounting a file system needs root");
+    }
+    for program in ["losetup", "mkfs.ext4", "mount", "umount"] {
+        shell::find(program)
+            .with_context(|| format!("`{program}` is not here: install e2fsprogs and mount"))?;
+    }
+    let program = kill::program(false)?;
+    let seed = options.seed.unwrap_or_else(Random::seed);
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    let (mut bad, mut checked) = (0_u64, 0_usize);
+    for round in 1..=options.rounds {
+        let milliseconds = 200 + random.below(2000);
+        match once(&program, options.pushers, milliseconds, random.next()) {
+            Ok(count) => {
+                checked += count;
+                println!("ok      cut {round} after {milliseconds} ms ({count} looked for)");
+            }
+            Err(error) => {
+                bad += 1;
+                println!("FAILED  cut {round} after {milliseconds} ms: {error:#}");
+            }
+        }
+    }
+    println!(
+        "{} power cuts, {checked} acknowledged or unanswered writes looked for, {bad} with losses",
+        options.rounds
+    );
+    Ok(bad == 0)
+}
+
+fn once(program: &Path, pushers: u64, milliseconds: u64, seed: u64) -> anyhow::Result<usize> {
+    let directory = tempfile::Builder::new()
+        .prefix("longshore-power-")
+        .tempdir_in("/var/tmp")?;
+    let image = directory.path().join("disk.ext4");
+    File::create(&image)?.set_len(2 << 30)?;
+    shell::read(shell::command("mkfs.ext4").args(["-q", "-F"]).arg(&image))?;
+    let point = directory.path().join("mount");
+    std::fs::create_dir(&point)?;
+    let mounted = Mounted::new(&image, &point)?;
+    let data = point.join("data");
+
+    let mut server = kill::start(&ServerOptions::new(program.to_owned()).data(&data))?;
+    let load = Load::start(server.url(), "load", pushers, seed);
+    // The one thing that is measured in time here is when the power goes.
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let acknowledged = load.acknowledged();
+    shut_down(&point)?;
+    // What it says from now on it must not have promised: the pushers still note acknowledgements.
+    std::thread::sleep(Duration::from_millis(100));
+    server.kill();
+    let ledgers = load.finish();
+    if acknowledged == 0 {
+        bail!("nothing was acknowledged before the cut: the round proves nothing");
+    }
+    drop(mounted);
+
+    let mounted = Mounted::new(&image, &point)?;
+    let checked = kill::after(program, &data, &ledgers);
+    drop(mounted);
+    checked
+}
+
+/// Cuts the power of the file system that holds `point`.
+#[expect(
+    unsafe_code,
+    reason = "no crate has this request, and it is the point of this program"
+)]
+fn shut_down(point: &Path) -> anyhow::Result<()> {
+    let directory = File::open(point)?;
+    // SAFETY: the request reads one `u32` through the pointer, which `Setter` passes for its value; it
+    // writes nothing.
+    unsafe {
+        let request = rustix::ioctl::Setter::<SHUTDOWN, u32>::new(NO_LOG_FLUSH);
+        rustix::ioctl::ioctl(&directory, request).context("cannot shut the file system down")
+    }
+}
+
+/// A mounted file system, unmounted when this value goes.
+struct Mounted {
+    image: PathBuf,
+    point: PathBuf,
+}
+
+impl Mounted {
+    fn new(image: &Path, point: &Path) -> anyhow::Result<Self> {
+        shell::read(
+            shell::command("mount")
+                .args(["-o", "loop"])
+                .arg(image)
+                .arg(point),
+        )?;
+        Ok(Self {
+            image: image.to_owned(),
+            point: point.to_owned(),
+        })
+    }
+
+    /// Unmounts, and waits until the device is gone with what it held in memory. (A container that
+    /// starts at this moment may hold a copy of the mount for a while, and a mount then would show the
+    /// file system that was shut down.)
+    fn end(&self) -> anyhow::Result<()> {
+        shell::read(shell::command("umount").arg(&self.point))?;
+        let start = Instant::now();
+        while !shell::read(shell::command("losetup").arg("-j").arg(&self.image))?
+            .trim()
+            .is_empty()
+        {
+            if start.elapsed() > Duration::from_mins(1) {
+                bail!("something still holds {}", self.image.display());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            eprintln!("{} may stay mounted: {error:#}", self.point.display());
+        }
+    }
+}
