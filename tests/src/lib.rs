@@ -19,15 +19,19 @@
     reason = "starting the program and its clients, and showing what they said, is this crate's purpose"
 )]
 
+pub mod agent;
 pub mod command;
 pub mod engine;
 pub mod http;
 pub mod image;
+pub mod proxy;
 pub mod scratch;
 pub mod server;
 pub mod tools;
 
+pub use agent::Agent;
 pub use command::Run;
+pub use proxy::Proxy;
 pub use scratch::Scratch;
 pub use server::Server;
 

@@ -15,6 +15,7 @@
     reason = "a menu for people starts programs, reads the clock and prints; nothing of it is shipped"
 )]
 
+mod bench;
 mod conformance;
 mod deny;
 mod engine;
@@ -74,6 +75,8 @@ enum Command {
     Kill(kill::Options),
     /// Cuts the power of the server's file system (needs root).
     PowerCut(power_cut::Options),
+    /// Measures the server beside nginx, a sink and other registries, as ratios.
+    Bench(bench::Arguments),
 }
 
 /// A part of the tests.
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Command::Conformance { program, release } => conformance::run(&program, release),
         Command::Kill(options) => kill::run(&options),
         Command::PowerCut(options) => power_cut::run(&options),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -62,6 +62,11 @@ const NEEDS: &[Need] = &[
         source: Source::Package("busybox-static"),
     },
     Need {
+        place: "bin/docker-registry",
+        program: Some("docker-registry"),
+        source: Source::Package("docker-registry"),
+    },
+    Need {
         place: "bin/oras",
         program: Some("oras"),
         source: Source::Later("sid", "oras", "usr/bin/oras"),

@@ -82,6 +82,34 @@ fn end_to_end(
     }
 
     let engine = engine::engine()?;
+    if filter.is_none() {
+        // The Compose engine alone, against the same real engine.
+        let mut cargo = shell::cargo();
+        cargo.args([
+            "test",
+            "--package",
+            "delivery",
+            "--features",
+            "engine-tests",
+        ]);
+        cargo.args([
+            "--test",
+            "compose",
+            "--no-fail-fast",
+            "--",
+            "--test-threads",
+            "2",
+        ]);
+        cargo.env("PATH", with_path(&[&tools.dir.join("bin")])).env(
+            "LONGSHORE_TEST_COMPOSE",
+            tools.dir.join("compose-2/cli-plugins/docker-compose"),
+        );
+        if let Some(host) = &engine.host {
+            cargo.env("DOCKER_HOST", host);
+        }
+        counts.push(tests("compose engine", &mut cargo)?);
+    }
+
     let mut cargo = shell::cargo();
     cargo
         .args(["test", "--package", "e2e", "--no-fail-fast", "--"])

@@ -185,6 +185,18 @@ pub(crate) fn find(source: &Source, host: &str) -> Result<Credential, Error> {
     config.find(host)
 }
 
+/// The user name and the password for a host, for whoever pulls on our behalf (a container engine).
+/// Identity tokens and bearer tokens are none. Blocks, as [`store`] does.
+///
+/// # Errors
+/// When the configuration cannot be read or a helper fails.
+pub fn password(source: &Source, host: &str) -> Result<Option<(String, String)>, Error> {
+    Ok(match find(source, host)? {
+        Credential::Password { username, password } => Some((username, password)),
+        _ => None,
+    })
+}
+
 /// A docker configuration, all of it.
 struct Config(Map<String, Value>);
 

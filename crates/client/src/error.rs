@@ -110,9 +110,10 @@ impl Error {
     }
 }
 
-/// Tells whether an answer with this status may be another one a little later.
+/// Tells whether an answer with this status may be another one a little later. A full disk (507) does
+/// not empty itself: whoever pushes is told at once.
 pub(crate) fn is_transient_status(status: u16) -> bool {
-    matches!(status, 408 | 429) || (status >= 500 && !matches!(status, 501 | 505))
+    matches!(status, 408 | 429) || (status >= 500 && !matches!(status, 501 | 505 | 507))
 }
 
 /// Tells whether TLS itself failed, as opposed to the connection beneath it.

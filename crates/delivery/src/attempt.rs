@@ -296,65 +296,77 @@ fn fold(attempts: &mut VecDeque<AttemptSummary>, record: &Record) {
     }
 }
 
-/// Everything that is written of one attempt.
+/// Why a release is as it is: the attempt that was about it, and what brought it back later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Story {
-    /// In short.
+    /// The attempt that made it good; else the last that applied it; else the last that was about it.
     pub summary: AttemptSummary,
-    /// The last verdict.
+    /// The last verdict on it up to that attempt. An attempt that was resumed after a stop judges nothing anew.
     pub verdict: Option<trust::Verdict>,
-    /// The last plan.
+    /// The last plan of that attempt.
     pub plan: Option<Plan>,
-    /// Its steps in order, at most [`LONGEST_STORY`].
+    /// That attempt's steps, then those with which a rollback brought the release back, in order, at most
+    /// [`LONGEST_STORY`].
     pub steps: Vec<StepReport>,
     /// Looks at its health, as far as they differed, at most [`LONGEST_STORY`].
     pub samples: Vec<HealthStatus>,
+    /// The later attempt to leave the release that ended in bringing it back.
+    pub rollback: Option<AttemptSummary>,
 }
 
 /// How many steps and samples a story tells; the first ones are dropped.
 pub const LONGEST_STORY: usize = 200;
 
-/// The story of the last attempt that applied `digest`, whatever came of it later; else of the last that was about it.
+/// The story of a release. The attempt that failed and was rolled back to it is no reason for it to run: its verdict and
+/// its plan are about another release.
 ///
 /// # Errors
 /// As [`verify`].
 pub fn story_of(path: &Path, digest: &Digest) -> Result<Option<Story>, LedgerError> {
-    let mut chosen: Option<u64> = None;
-    let mut chosen_applied = false;
-    read(path, &mut |record| match &record {
-        Record::Attempt {
-            attempt,
-            digest: about,
-            ..
-        } if about == digest && !chosen_applied => chosen = Some(*attempt),
-        Record::Step {
-            attempt,
-            digest: about,
-            step,
-        } if about == digest && step.step == "apply" => {
-            chosen = Some(*attempt);
-            chosen_applied = true;
-        }
-        _ => {}
-    })?;
-    let Some(chosen) = chosen else {
+    let Some(chosen) = choose(path, digest)? else {
         return Ok(None);
     };
+    let mut about: Option<Digest> = None;
     let mut summaries = VecDeque::new();
+    let mut rollbacks = VecDeque::new();
     let mut verdict = None;
     let mut plan = None;
     let mut steps = Vec::new();
     let mut samples = Vec::new();
+    let mut is_back = false;
     read(path, &mut |record| {
-        if record.attempt() != Some(chosen) {
-            return;
+        if let Record::Attempt { digest, .. } = &record {
+            about = Some(digest.clone());
+            is_back = false;
         }
-        fold(&mut summaries, &record);
+        let Some(attempt) = record.attempt() else {
+            return;
+        };
+        let is_chosen = attempt == chosen.attempt;
+        let is_rollback = Some(attempt) == chosen.rollback;
+        if is_chosen {
+            fold(&mut summaries, &record);
+        } else if is_rollback {
+            fold(&mut rollbacks, &record);
+        }
         match record {
-            Record::Verdict { verdict: found, .. } => verdict = found,
-            Record::Plan { plan: found, .. } => plan = Some(found),
-            Record::Step { step, .. } => push_bounded(&mut steps, step),
-            Record::Sample { health, .. } => push_bounded(&mut samples, health),
+            Record::Verdict { verdict: found, .. }
+                if attempt <= chosen.attempt && about.as_ref() == Some(digest) =>
+            {
+                verdict = found;
+            }
+            Record::Plan { plan: found, .. } if is_chosen => plan = Some(found),
+            Record::Step {
+                step,
+                digest: applied,
+                ..
+            } if (is_chosen || is_rollback) && applied == *digest => {
+                is_back |= step.step == "apply";
+                push_bounded(&mut steps, step);
+            }
+            Record::Sample { health, .. } if is_chosen || (is_rollback && is_back) => {
+                push_bounded(&mut samples, health);
+            }
             _ => {}
         }
     })?;
@@ -364,7 +376,55 @@ pub fn story_of(path: &Path, digest: &Digest) -> Result<Option<Story>, LedgerErr
         plan,
         steps,
         samples,
+        rollback: rollbacks.pop_back(),
     }))
+}
+
+/// The attempts that tell why a release runs.
+struct Chosen {
+    attempt: u64,
+    rollback: Option<u64>,
+}
+
+fn choose(path: &Path, digest: &Digest) -> Result<Option<Chosen>, LedgerError> {
+    // One attempt goes on at a time.
+    let mut about_it: Option<u64> = None;
+    let mut applied: Option<u64> = None;
+    let (mut last, mut last_applied, mut good) = (None, None, None);
+    let mut rollback = None;
+    read(path, &mut |record| match &record {
+        Record::Attempt {
+            attempt,
+            digest: of,
+            ..
+        } => {
+            about_it = (of == digest).then_some(*attempt);
+            last = about_it.or(last);
+        }
+        Record::Step {
+            attempt,
+            digest: of,
+            step,
+        } if of == digest && step.step == "apply" => {
+            applied = Some(*attempt);
+            if about_it == Some(*attempt) {
+                last_applied = Some(*attempt);
+                rollback = None;
+            } else {
+                rollback = Some(*attempt);
+            }
+        }
+        Record::Outcome {
+            attempt, outcome, ..
+        } if outcome == "good" && applied == Some(*attempt) && about_it == Some(*attempt) => {
+            good = Some(*attempt);
+        }
+        _ => {}
+    })?;
+    Ok(good
+        .or(last_applied)
+        .or(last)
+        .map(|attempt| Chosen { attempt, rollback }))
 }
 
 fn push_bounded<T>(list: &mut Vec<T>, item: T) {

@@ -227,13 +227,16 @@ pub struct Explanation {
     pub status: TargetStatus,
     /// The rule in words: which keys, how many of them, or that trust is switched off.
     pub rule: String,
-    /// The attempt that brought what runs; `None` when nothing was deployed yet or its records are gone.
+    /// The attempt that made what runs good; `None` when nothing was deployed yet or its records are gone.
     pub attempt: Option<AttemptSummary>,
+    /// The later attempt that failed, or was given up, and ended in bringing it back.
+    #[serde(default)]
+    pub rollback: Option<AttemptSummary>,
     /// The verdict of that attempt, with the signers that counted.
     pub verdict: Option<trust::Verdict>,
     /// The plan of that attempt.
     pub plan: Option<Plan>,
-    /// Its steps in order.
+    /// Its steps in order, then those of the rollback that concern it.
     pub steps: Vec<StepReport>,
     /// Looks at its health, as far as they differed.
     pub samples: Vec<HealthStatus>,

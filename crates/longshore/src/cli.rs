@@ -19,6 +19,7 @@ use crate::output::Exit;
 /// One program stores OCI artifacts, proves where they came from, and puts them into production with
 /// health checks and automatic rollback.
 #[derive(Debug, Parser)]
+// The version is told once: `release push --version` is that of the release.
 #[command(name = "longshore", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(flatten)]
@@ -174,5 +175,46 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_explains_itself_and_every_option() {
+        fn walk(path: &str, command: &mut clap::Command) {
+            // What is wrong only shows when the command is built as it is for a run.
+            command.render_long_help();
+            if command.is_hide_set() {
+                return;
+            }
+            assert!(command.get_about().is_some(), "`{path}` has no description");
+            for argument in command.get_arguments() {
+                assert!(
+                    argument.get_help().is_some(),
+                    "`{}` of `{path}` has no description",
+                    argument.get_id()
+                );
+            }
+            for below in command.get_subcommands_mut() {
+                let path = format!("{path} {}", below.get_name());
+                walk(&path, below);
+            }
+        }
+        let mut command = super::Cli::command();
+        command.build();
+        walk("longshore", &mut command);
+    }
+
+    #[test]
+    fn a_release_has_a_version_of_its_own() {
+        use clap::Parser as _;
+        let words = [
+            "longshore",
+            "release",
+            "push",
+            "--version",
+            "1.4.2",
+            "shop",
+            "r.example/s:p",
+        ];
+        assert!(super::Cli::try_parse_from(words).is_ok());
     }
 }

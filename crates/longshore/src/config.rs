@@ -197,6 +197,11 @@ impl Raw {
                     .hint("write `version: 1` at the top")
                     .into(),
             ),
+            Some(0) => Err(
+                Refused::new(Exit::CONFIG, format!("{name}: there is no `version: 0`"))
+                    .hint("write `version: 1` at the top")
+                    .into(),
+            ),
             Some(other) => Err(Refused::new(
                 Exit::CONFIG,
                 format!("{name}: `version: {other}` is newer than this program knows, which is 1"),
@@ -281,6 +286,13 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        let log = self.log.unwrap_or_default();
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
+            anyhow::bail!(
+                "`log.level`: `{}` is no filter, write for example `info` or `registry=debug,info`: {error}",
+                log.level
+            );
+        }
         let htpasswd = self.auth.htpasswd;
         let rules = match (self.access, &htpasswd) {
             (Some(_), None) => {
@@ -341,7 +353,7 @@ impl Raw {
             store: options,
             htpasswd,
             rules,
-            log: self.log.unwrap_or_default(),
+            log,
         })
     }
 }
@@ -424,7 +436,13 @@ fn malformed(name: &str, error: &serde_saphyr::Error) -> Refused {
 fn nearest_of_message(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     let (unknown, rest) = rest.split_once('`')?;
-    let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+    // One parser puts the known keys into backticks and goes on with the line itself, the other not.
+    let (_, known) = rest.lines().next()?.split_once("expected ")?;
+    let known: Vec<&str> = known
+        .trim_start_matches("one of ")
+        .split([',', ' ', '`'])
+        .filter(|word| !word.is_empty() && *word != "or")
+        .collect();
     delivery::target::nearest(unknown, &known).map(|known| format!("did you mean `{known}`?"))
 }
 

@@ -14,9 +14,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use delivery::control::{self, Request, Response, TargetStatus};
+use delivery::engine::Engine as _;
 use delivery::engine::compose::ComposeEngine;
-use delivery::engine::{Deployment, Engine as _};
-use delivery::release::{self, EngineKind, ImagePin, PackOptions, ReleaseConfig};
+use delivery::release::{self, EngineKind, ImagePin, PackOptions};
 use oci::reference::TagOrDigest;
 use oci::{Descriptor, Digest, Platform, Reference};
 use tokio::net::TcpListener;
@@ -71,9 +71,11 @@ pub(crate) async fn run(command: Demo, global: &Global) -> anyhow::Result<Exit> 
                 script.port
             ));
         }
+        // Its references name the port, so it must come up on the same one.
         output::note(format!(
-            "start it again with `longshore up --data {}/data`",
-            kept.display()
+            "start it again with `longshore up --data {}/data --listen {}`",
+            kept.display(),
+            script.host
         ));
         script.stop().await?;
     } else {
@@ -254,9 +256,9 @@ impl Script {
         ));
         self.base = Some(base);
         let pin = self.push_image("probe", Health::Good).await?;
-        let deployment = self.probe(pin)?;
+        let image: Reference = pin.reference.parse()?;
         engine
-            .pull(&deployment)
+            .pull_image(&image.with_digest(pin.digest))
             .await
             .context("the engine cannot pull from our port")?;
         self.say(format!(
@@ -276,36 +278,6 @@ impl Script {
         let site = self.site();
         self.service = Some(tokio::spawn(demo_service::serve(listener, site)));
         Ok(())
-    }
-
-    fn probe(&self, pin: ImagePin) -> anyhow::Result<Deployment> {
-        let config = delivery::agent::AgentConfig::parse(
-            &self.agent_yaml(EngineKind::Compose),
-            "demo",
-            &self.directory,
-        )?;
-        let target = config
-            .targets
-            .into_iter()
-            .next()
-            .context("the demonstration has a target")?;
-        Ok(Deployment {
-            target,
-            digest: pin.digest.clone(),
-            config: ReleaseConfig {
-                schema_version: 1,
-                name: "demo".to_owned(),
-                version: None,
-                engine: EngineKind::Compose,
-                entry: vec!["compose.yaml".to_owned()],
-                variables: Vec::new(),
-                images: vec![pin],
-            },
-            directory: self.directory.clone(),
-            state: self.directory.clone(),
-            data: self.directory.clone(),
-            variables: std::collections::BTreeMap::new(),
-        })
     }
 
     /// Writes the target into `agent.yaml`; the running agent reads it again.

@@ -47,10 +47,21 @@ impl Exit {
                 return match error {
                     client::Error::NotFound(_) => Self::NOT_FOUND,
                     client::Error::Unauthorized { .. } => Self::UNAUTHORIZED,
-                    client::Error::DigestMismatch { .. } => Self::REFUSED,
+                    client::Error::DigestMismatch { .. } | client::Error::SizeMismatch { .. } => {
+                        Self::REFUSED
+                    }
                     other if other.is_transient() => Self::UNREACHABLE,
                     _ => Self::FAILED,
                 };
+            }
+            if let Some(error) = cause.downcast_ref::<registry::Error>() {
+                return match error {
+                    registry::Error::Bind { .. } | registry::Error::Store(_) => Self::FAILED,
+                    _ => Self::CONFIG,
+                };
+            }
+            if let Some(store::Error::Damaged { .. }) = cause.downcast_ref::<store::Error>() {
+                return Self::REFUSED;
             }
             if cause.is::<oci::reference::ReferenceError>() {
                 return Self::USAGE;
@@ -125,13 +136,28 @@ pub(crate) fn error(error: &anyhow::Error) {
         }
         last = text;
     }
-    let hint = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Refused>())
-        .and_then(|refused| refused.hint.as_ref());
-    if let Some(hint) = hint {
+    if let Some(hint) = hint(error) {
         let _ = writeln!(err, "hint: {hint}");
     }
+}
+
+/// What to do about an error, as far as its message does not say it.
+fn hint(error: &anyhow::Error) -> Option<&str> {
+    error.chain().find_map(|cause| {
+        if let Some(refused) = cause.downcast_ref::<Refused>() {
+            return refused.hint.as_deref();
+        }
+        match cause.downcast_ref::<client::Error>()? {
+            // Trying again does not help: it is the certificate.
+            error @ client::Error::Unreachable { .. } if !error.is_transient() => Some(
+                "its certificate is not trusted: name the authority that issued it with `--ca-file FILE`",
+            ),
+            client::Error::Unauthorized { .. } => {
+                Some("log in with `longshore login HOST`, or ask the registry's owner for the right")
+            }
+            _ => None,
+        }
+    })
 }
 
 /// Bytes for people: `1.5 MiB`.
@@ -242,10 +268,34 @@ mod tests {
     }
 
     #[test]
+    fn a_refused_access_says_what_to_do() {
+        let error = anyhow::Error::new(client::Error::Unauthorized {
+            host: "r.example".into(),
+            what: "x".into(),
+            message: "no".into(),
+        });
+        assert!(
+            hint(&error.context("listing"))
+                .unwrap()
+                .contains("longshore login")
+        );
+        let error = anyhow::Error::new(Refused::new(Exit::USAGE, "no").hint("do this"));
+        assert_eq!(hint(&error), Some("do this"));
+        assert_eq!(hint(&anyhow::anyhow!("x")), None);
+    }
+
+    #[test]
     fn exit_codes_by_cause() {
         let error = anyhow::Error::new(client::Error::NotFound("x".into())).context("reading");
         assert_eq!(Exit::of(&error), Exit::NOT_FOUND);
         let error = anyhow::Error::new(Refused::new(Exit::REFUSED, "no"));
+        assert_eq!(Exit::of(&error), Exit::REFUSED);
+        let error = anyhow::Error::new(registry::Error::PublicUrl("x".into()));
+        assert_eq!(Exit::of(&error), Exit::CONFIG);
+        let error = anyhow::Error::new(store::Error::Damaged {
+            path: "x".into(),
+            problem: "y".into(),
+        });
         assert_eq!(Exit::of(&error), Exit::REFUSED);
     }
 }

@@ -1,6 +1,7 @@
 //! Wiring of the registry: configuration → store and server → run until a signal.
 
 use std::future::Future;
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -20,6 +21,7 @@ pub(crate) fn logging(log: &Log) {
         .unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     let _ = match log.format {
         LogFormat::Json => builder.json().try_init(),
@@ -37,12 +39,14 @@ pub(crate) struct Registry {
 impl Registry {
     /// Opens the store and binds every address.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
+        // A wrong configuration must not leave a data directory behind.
+        let settings = settings(config)?;
+        open_more_files();
         let store = Store::open(&config.data, config.store.clone())
             .await
             .with_context(|| {
                 format!("cannot open the data directory `{}`", config.data.display())
             })?;
-        let settings = settings(config)?;
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -88,6 +92,17 @@ impl Registry {
         // Why it ended says more than how the end went.
         outcome?;
         closed
+    }
+}
+
+/// Raises the limit of open files as far as it goes. Systems start services with room for 1024, which is
+/// fewer than the connections that are served at once.
+fn open_more_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }
 

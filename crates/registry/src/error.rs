@@ -196,7 +196,9 @@ impl From<store::Error> for Refusal {
             E::DigestMismatch { .. } => plain(StatusCode::BAD_REQUEST, DIGEST_INVALID),
             E::ManifestUnknown(_) => plain(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN"),
             E::MissingReferences(missing) => {
-                let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+                // Enough to go on with; a manifest can name tens of thousands.
+                let missing: Vec<String> =
+                    missing.iter().take(100).map(ToString::to_string).collect();
                 Self::new(
                     StatusCode::NOT_FOUND,
                     "MANIFEST_BLOB_UNKNOWN",

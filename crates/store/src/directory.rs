@@ -33,6 +33,8 @@ impl Directory {
             check_ours(root)?;
         }
         let lock = take_lock(root)?;
+        // Whoever had the lock a moment ago may have made the directory whole.
+        let fresh = fresh && read_format(root)?.is_none();
         if fresh {
             FileSystem::make(&root.join(OBJECTS))?;
             sync_directory(root)?;

@@ -38,7 +38,7 @@ pub enum Error {
     #[error("manifest `{0}` is part of an index of this repository, delete the index first")]
     ManifestInUse(Digest),
     /// References of a manifest are not in the repository.
-    #[error("the manifest names content that is not in this repository: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+    #[error("the manifest names content that is not in this repository: {}", some(.0))]
     MissingReferences(Vec<Digest>),
     /// The directory holds other things than a store.
     #[error(
@@ -120,6 +120,21 @@ pub enum Error {
     #[error("the store has stopped after a failure, restart the server and look at its log")]
     Stopped,
 }
+
+/// The first few of these; a manifest can name tens of thousands.
+fn some(digests: &[Digest]) -> String {
+    let mut text: Vec<_> = digests
+        .iter()
+        .take(SHOWN)
+        .map(ToString::to_string)
+        .collect();
+    if digests.len() > SHOWN {
+        text.push(format!("and {} more", digests.len() - SHOWN));
+    }
+    text.join(", ")
+}
+
+const SHOWN: usize = 10;
 
 impl Error {
     /// Maps a failure of the file system; a full disk or an exhausted quota is [`Error::Full`].

@@ -5,7 +5,7 @@
 //! digest; their target id is NULL only where absence is legal (foreign layers, sparse content) and is filled
 //! when the target arrives.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -255,7 +255,7 @@ impl Put {
             let entry = named.entry(&child.digest).or_insert((true, true));
             entry.1 = false;
         }
-        let unsure: Vec<_> = view
+        let unsure: BTreeSet<_> = view
             .children()
             .filter(|child| !types::is_manifest(&child.media_type))
             .map(|child| &child.digest)
@@ -271,7 +271,7 @@ impl Put {
                     .transpose()?;
                 // An index may name content that is no manifest; then it is a blob.
                 match child {
-                    None if unsure.contains(&digest) => match held_blob(tx, place, digest).await? {
+                    None if unsure.contains(digest) => match held_blob(tx, place, digest).await? {
                         Some(blob) => Edge::Blob(Some(blob)),
                         None => Edge::Child(None),
                     },

@@ -34,6 +34,30 @@ fn step(number: u64, digest: &Digest, name: &str) -> Record {
     }
 }
 
+fn verdict(number: u64, message: &str) -> Record {
+    Record::Verdict {
+        attempt: number,
+        verdict: Some(trust::Verdict {
+            digest: Digest::sha256(b"any"),
+            policy: "shop".to_owned(),
+            outcome: trust::Outcome::Verified,
+            message: message.to_owned(),
+            accepted: Vec::new(),
+            rejected: Vec::new(),
+        }),
+    }
+}
+
+fn plan(number: u64, note: &str) -> Record {
+    Record::Plan {
+        attempt: number,
+        plan: Plan {
+            changes: Vec::new(),
+            notes: vec![note.to_owned()],
+        },
+    }
+}
+
 fn ledger(records: &[Record]) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("attempts.jsonl");
@@ -68,20 +92,59 @@ fn attempts_are_told_newest_first() {
 }
 
 #[test]
-fn the_story_is_that_of_the_attempt_that_applied_what_runs() {
+fn the_story_is_that_of_the_attempt_that_made_what_runs_good() {
     let (v1, v2) = (Digest::sha256(b"1"), Digest::sha256(b"2"));
     let (_directory, path) = ledger(&[
         attempt(1, &v1),
+        verdict(1, "v1 is signed"),
+        plan(1, "for v1"),
         step(1, &v1, "apply"),
+        step(1, &v1, "observe"),
         outcome(1, "good"),
         attempt(2, &v2),
+        verdict(2, "v2 is signed"),
         step(2, &v2, "apply"),
+        plan(2, "for v2"),
         step(2, &v1, "apply"),
+        step(2, &v1, "observe"),
         outcome(2, "rolled-back"),
     ]);
     let story = story_of(&path, &v1).unwrap().unwrap();
-    assert_eq!((story.summary.attempt, story.steps.len()), (2, 2));
+    assert_eq!(story.summary.attempt, 1);
+    assert_eq!(story.summary.outcome.as_deref(), Some("good"));
+    assert_eq!(story.verdict.unwrap().message, "v1 is signed");
+    assert_eq!(story.plan.unwrap().notes, ["for v1"]);
+    assert_eq!(story.steps.len(), 4, "how it came, and how it came back");
+    let rollback = story.rollback.unwrap();
+    assert_eq!((rollback.attempt, rollback.digest), (2, v2.clone()));
+    assert_eq!(rollback.outcome.as_deref(), Some("rolled-back"));
+
+    let story = story_of(&path, &v2).unwrap().unwrap();
+    assert_eq!((story.summary.attempt, story.rollback), (2, None));
     assert_eq!(story_of(&path, &Digest::sha256(b"3")).unwrap(), None);
+}
+
+#[test]
+fn a_resumed_attempt_keeps_the_verdict_of_the_one_that_was_cut_off() {
+    let (v1, v2) = (Digest::sha256(b"1"), Digest::sha256(b"2"));
+    let (_directory, path) = ledger(&[
+        attempt(1, &v1),
+        verdict(1, "v1 is signed"),
+        step(1, &v1, "apply"),
+        attempt(2, &v2),
+        verdict(2, "v2 is not signed"),
+        outcome(2, "rejected"),
+        attempt(3, &v1),
+        step(3, &v1, "apply"),
+        outcome(3, "good"),
+        // Asked for once more under another policy, and refused: it runs because of the third attempt.
+        attempt(4, &v1),
+        verdict(4, "v1 is not signed by two"),
+        outcome(4, "rejected"),
+    ]);
+    let story = story_of(&path, &v1).unwrap().unwrap();
+    assert_eq!(story.summary.attempt, 3);
+    assert_eq!(story.verdict.unwrap().message, "v1 is signed");
 }
 
 #[test]

@@ -1,56 +1,70 @@
 //! The Docker Compose engine.
 //!
-//! The Compose plugin resolves the project and brings it up; everything between is ours, because the
-//! plugin downloads what nobody verified, calls a crash loop a success, and takes a changed mounted
-//! file for no change at all. So its resolved model is rewritten before it comes back to it
-//! ([`model`]): images become digests, and files of the release become paths named by their content.
-//! The plan, the pull and the observation go through the Engine API.
+//! The plugin knows what a Compose file means and brings it about; everything that decides is ours. The plugin *resolves* the release's files
+//! (`config`), we pin the result to digests and content ([`rewrite`]), plan by comparing definition hashes with the labels of the containers
+//! that exist ([`planning`]), pull images by digest through the Engine API before anything is touched, hand the result to `up` on standard input,
+//! and look at what runs through the Engine API.
 //!
-//! The rewritten model may hold secrets. It is handed over on standard input and never written.
+//! Three things follow from that. The truth is what runs: a kill at any point leaves nothing to repair but the difference that the next plan shows.
+//! The resolved project may hold secrets and is never written anywhere. And a service is made anew only when its own definition, its image or content that it
+//! mounts changed.
+//!
+//! What this engine does not do: build images, remove volumes or networks, or prune images.
 
-use std::collections::{BTreeMap, HashMap};
+mod content;
+mod docker;
+mod model;
+mod planning;
+mod platform;
+mod process;
+mod record;
+mod redact;
+mod resolve;
+mod rewrite;
+mod state;
+mod upkeep;
+mod version;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ffi::OsString;
 use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bollard::Docker;
-use bollard::auth::DockerCredentials;
-use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum, ContainerSummary, HealthStatusEnum,
-};
-use bollard::query_parameters::{
-    CreateImageOptions, ListContainersOptions, ListNetworksOptions, LogsOptions,
-    RemoveContainerOptions, RemoveImageOptions, StopContainerOptions,
-};
-use futures_util::StreamExt as _;
-use oci::Platform;
+use futures_util::TryStreamExt;
+use oci::{Platform, Reference};
+use tokio::sync::OnceCell;
 
-use self::model::{LABEL_HASH, LABEL_TARGET, Model};
-use self::process::Process;
+use self::docker::{Answer, Engine};
+use self::planning::{Container, Planned};
+use self::platform::{platform_refusal, runs_on};
+use self::process::{Output, Plugin, Run, RunError};
+use self::record::Record;
+use self::redact::last_lines;
+use self::resolve::Key;
+use self::rewrite::{Resolved, Wanted};
+use self::state::{Paths, blocking, lock_file, prepare, read_record, sweep, unavailable};
+use self::version::Version;
 use super::{
-    Action, Applied, BoxFuture, Change, Deployment, Engine, EngineError, EngineInfo, Plan, Sample,
-    SampleState, ServiceSample,
+    Action, Applied, BoxFuture, Deployment, EngineError, EngineInfo, Plan, Sample, SampleState,
 };
 use crate::target::Target;
 
-mod content;
-mod model;
-mod process;
-
-/// Finds the user name and the password for a registry host.
+/// Gives a user name and a password for a registry's host.
 pub type Credentials = Arc<dyn Fn(&str) -> Option<(String, String)> + Send + Sync>;
 
 /// How the engine is reached.
 #[derive(Clone)]
 pub struct ComposeOptions {
-    /// `unix:///…` or `tcp://…`; the default socket when `None`.
+    /// The engine, in the words of `DOCKER_HOST` (`unix:///run/docker.sock`, `tcp://…`); default: `unix:///var/run/docker.sock`.
     pub docker_host: Option<String>,
-    /// The `docker` program, which must find its Compose plugin.
+    /// The `docker` program, or the Compose plugin itself when its name begins with `docker-compose`.
     pub docker: PathBuf,
-    /// How long one `up` may take. Compose itself would wait for ever on `depends_on` conditions.
+    /// How long one `up` may take; Compose waits for `depends_on` conditions without an end of its own.
     pub apply_timeout: Duration,
-    /// Credentials for pulls by the Docker Engine.
+    /// Logins for the registries that images are pulled from.
     pub credentials: Credentials,
 }
 
@@ -75,508 +89,340 @@ impl fmt::Debug for ComposeOptions {
     }
 }
 
+/// Resolved projects of one target.
+type Known = VecDeque<(Key, Arc<Resolved>)>;
+
 /// Applies releases with Docker Compose.
 #[derive(Debug)]
 pub struct ComposeEngine {
     options: ComposeOptions,
-    /// One `up` at a time on a project, whichever target or trigger asks.
+    plugin: Plugin,
+    /// The plugin's version, once it was found good.
+    version: OnceCell<Version>,
+    engine: OnceCell<Engine>,
+    /// Resolved projects by target, the latest last: `observe` looks every second and must not start a process each time.
+    resolved: Mutex<HashMap<String, Known>>,
+    /// One `up` at a time for each project within this process; between processes it is a file lock.
     projects: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-    /// Resolved models by target and digest, so that an observation starts no process.
-    models: Mutex<HashMap<String, Arc<Model>>>,
 }
 
 impl ComposeEngine {
-    /// An engine; nothing is asked yet.
+    /// An engine with these options. Nothing is started or reached before it is used.
     pub fn new(options: ComposeOptions) -> Self {
+        let host = options
+            .docker_host
+            .clone()
+            .unwrap_or_else(|| DEFAULT_HOST.to_owned());
+        let plugin = Plugin {
+            program: options.docker.clone(),
+            host,
+        };
         Self {
             options,
+            plugin,
+            version: OnceCell::new(),
+            engine: OnceCell::new(),
+            resolved: Mutex::default(),
             projects: Mutex::default(),
-            models: Mutex::default(),
         }
     }
 
-    /// The images of a project's running containers: service and image as it was named to the engine.
-    ///
-    /// # Errors
-    /// [`EngineError::Unavailable`].
-    pub async fn running_images(
+    async fn engine(&self) -> Result<&Engine, EngineError> {
+        self.engine
+            .get_or_try_init(|| Engine::connect(&self.plugin.host))
+            .await
+    }
+
+    async fn plan_now(
         &self,
-        project: &str,
-    ) -> Result<Vec<(String, String)>, EngineError> {
-        let containers = self.containers(project, false).await?;
-        Ok(containers
-            .into_iter()
-            .map(|container| (service_of(&container), container.image.unwrap_or_default()))
-            .collect())
-    }
-
-    /// Removes what a target made: containers, the project's networks, and images pulled from `host`.
-    /// Volumes stay.
-    ///
-    /// # Errors
-    /// [`EngineError::Unavailable`].
-    pub async fn remove_project(
-        &self,
-        project: &str,
-        target: &str,
-        host: &str,
-    ) -> Result<(), EngineError> {
-        let docker = self.docker()?;
-        for container in self.containers(project, true).await? {
-            if label(&container, LABEL_TARGET) == Some(target) {
-                self.remove_container(&docker, &container).await?;
-            }
-        }
-        let filters = HashMap::from([("label".to_owned(), vec![format!("{PROJECT}={project}")])]);
-        let networks = docker
-            .list_networks(Some(ListNetworksOptions {
-                filters: Some(filters),
-            }))
-            .await
-            .map_err(unavailable)?;
-        for network in networks {
-            if let Some(id) = network.id {
-                docker.remove_network(&id).await.map_err(unavailable)?;
-            }
-        }
-        let images = docker
-            .list_images(None::<bollard::query_parameters::ListImagesOptions>)
-            .await
-            .map_err(unavailable)?;
-        for image in images {
-            if image
-                .repo_digests
-                .iter()
-                .any(|name| name.starts_with(&format!("{host}/")))
-            {
-                let options = RemoveImageOptions {
-                    force: true,
-                    ..RemoveImageOptions::default()
-                };
-                docker
-                    .remove_image(&image.id, Some(options), None)
-                    .await
-                    .map_err(unavailable)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn docker(&self) -> Result<Docker, EngineError> {
-        const TIMEOUT: u64 = 120;
-        let host = self
-            .options
-            .docker_host
-            .as_deref()
-            .unwrap_or("unix:///var/run/docker.sock");
-        let connected = if host.starts_with("unix://") {
-            Docker::connect_with_unix(host, TIMEOUT, bollard::API_DEFAULT_VERSION)
-        } else {
-            Docker::connect_with_http(host, TIMEOUT, bollard::API_DEFAULT_VERSION)
-        };
-        connected.map_err(|error| {
-            EngineError::Unavailable(format!(
-                "no Docker Engine answers at `{host}` ({error}); start it, or set `DOCKER_HOST`"
-            ))
-        })
-    }
-
-    /// A client that speaks the version of the engine it talks to.
-    async fn negotiated(&self) -> Result<Docker, EngineError> {
-        self.docker()?
-            .negotiate_version()
-            .await
-            .map_err(unavailable)
-    }
-
-    async fn containers(
-        &self,
-        project: &str,
-        all: bool,
-    ) -> Result<Vec<ContainerSummary>, EngineError> {
-        let filters = HashMap::from([("label".to_owned(), vec![format!("{PROJECT}={project}")])]);
-        let options = ListContainersOptions {
-            all,
-            filters: Some(filters),
-            ..ListContainersOptions::default()
-        };
-        let mut containers = self
-            .negotiated()
-            .await?
-            .list_containers(Some(options))
-            .await
-            .map_err(unavailable)?;
-        // Helpers of `compose run` are nobody's service.
-        containers.retain(|container| label(container, ONE_OFF) != Some("True"));
-        containers.sort_by_key(|container| (service_of(container), container.id.clone()));
-        Ok(containers)
-    }
-
-    async fn remove_container(
-        &self,
-        docker: &Docker,
-        container: &ContainerSummary,
-    ) -> Result<(), EngineError> {
-        let Some(id) = &container.id else {
-            return Ok(());
-        };
-        // A container that ended meanwhile is as good as stopped.
-        let _ = docker
-            .stop_container(id, None::<StopContainerOptions>)
-            .await;
-        let options = RemoveContainerOptions {
-            force: true,
-            ..RemoveContainerOptions::default()
-        };
-        docker
-            .remove_container(id, Some(options))
-            .await
-            .map_err(unavailable)
-    }
-
-    fn process(&self) -> Process<'_> {
-        Process {
-            program: &self.options.docker,
-            docker_host: self.options.docker_host.as_deref(),
-        }
-    }
-
-    /// The rewritten model of a deployment; resolved once and kept.
-    async fn model(&self, deployment: &Deployment) -> Result<Arc<Model>, EngineError> {
-        let key = format!("{}@{}", deployment.target.name, deployment.digest);
-        let fingerprint = model::inputs(deployment);
-        let known = self
-            .models
-            .lock()
-            .ok()
-            .and_then(|models| models.get(&key).cloned());
-        if let Some(known) = known.filter(|known| known.inputs == fingerprint) {
-            return Ok(known);
-        }
-        let model = Arc::new(model::resolve(&self.process(), deployment).await?);
-        if let Ok(mut models) = self.models.lock() {
-            models.insert(key, Arc::clone(&model));
-        }
-        Ok(model)
-    }
-
-    async fn check_now(&self) -> Result<EngineInfo, EngineError> {
-        let version = self
-            .negotiated()
-            .await?
-            .version()
-            .await
-            .map_err(unavailable)?;
-        let plugin = self.process().compose_version().await?;
-        Ok(EngineInfo {
-            description: format!(
-                "Docker Engine {}, Compose {plugin}",
-                version.version.unwrap_or_default()
-            ),
-        })
-    }
-
-    async fn plan_now(&self, deployment: &Deployment) -> Result<Plan, EngineError> {
-        let model = self.model(deployment).await?;
-        self.check_platforms(deployment).await?;
+        deployment: &Deployment,
+        resolved: &Resolved,
+        record: &Record,
+    ) -> Result<(Planned, Vec<Container>), EngineError> {
         let target = &deployment.target;
-        let (ours, strangers): (Vec<_>, Vec<_>) = self
-            .containers(&target.project, true)
-            .await?
-            .into_iter()
-            .partition(|container| label(container, LABEL_TARGET) == Some(&target.name));
-        let mut plan = Plan::default();
-        for stranger in &strangers {
-            let name = name_of(stranger);
-            let collides = model.services.contains_key(&service_of(stranger));
-            if (ours.is_empty() || collides) && !target.adopt {
-                return Err(EngineError::Rejected(format!(
-                    "Compose project `{}` has container `{name}`, which this target did not make; give the target \
-                     another `project`, remove the container, or take the project over with `adopt: true`",
-                    target.project
-                )));
-            }
-            plan.notes.push(if collides {
-                format!("container `{name}` was made by someone else and is taken over")
-            } else {
-                format!("container `{name}` was made by someone else and is left alone")
-            });
-        }
-        for (service, wanted) in &model.services {
-            let present: Vec<&ContainerSummary> = ours
-                .iter()
-                .chain(strangers.iter().filter(|_| target.adopt))
-                .filter(|container| service_of(container) == *service)
-                .collect();
-            let (action, reason) = if present.is_empty() {
-                (Action::Create, format!("image {}", wanted.image))
-            } else if present
-                .iter()
-                .any(|container| label(container, LABEL_HASH) != Some(&wanted.hash))
-            {
+        let containers = self.engine().await?.containers(&target.project).await?;
+        let planned = planning::plan(
+            &target.name,
+            target.adopt,
+            &target.project,
+            &resolved.services,
+            &containers,
+            record,
+        )
+        .map_err(EngineError::Rejected)?;
+        Ok((planned, containers))
+    }
+
+    async fn check_platforms(&self, resolved: &Resolved) -> Result<(), EngineError> {
+        let Answer { platform: host, .. } = self.engine().await?.answer().await?;
+        resolved.services.iter().try_for_each(|(service, wanted)| {
+            platform_refusal(service, wanted, &host)
+                .map_or(Ok(()), |refusal| Err(EngineError::Rejected(refusal)))
+        })
+    }
+
+    async fn pull_images(&self, resolved: &Resolved) -> Result<(), EngineError> {
+        let engine = self.engine().await?;
+        let images: BTreeMap<String, (&Reference, Option<&str>)> = resolved
+            .services
+            .values()
+            .map(|wanted| {
                 (
-                    Action::Recreate,
-                    wanted.difference(present.first().and_then(|c| c.labels.as_ref())),
+                    wanted.image_text(),
+                    (&wanted.image, wanted.platform.as_deref()),
                 )
-            } else if present
-                .iter()
-                .any(|container| !self.stands(container, wanted))
-            {
-                (Action::Recreate, "it does not run".to_owned())
-            } else {
-                (Action::Keep, "unchanged".to_owned())
-            };
-            plan.changes.push(Change {
-                subject: service.clone(),
-                action,
-                reason,
-            });
-        }
-        for orphan in ours
+            })
+            .collect();
+        futures_util::stream::iter(images.into_values().map(Ok))
+            .try_for_each_concurrent(PARALLEL_PULLS, |(image, platform)| async move {
+                if engine.image(image).await?.is_some() {
+                    return Ok(());
+                }
+                engine
+                    .pull(image, platform, (self.options.credentials)(&image.host))
+                    .await?;
+                match engine.image(image).await? {
+                    Some(_) => Ok(()),
+                    None => Err(EngineError::Unavailable(format!(
+                        "the engine pulled `{image}` and does not have it"
+                    ))),
+                }
+            })
+            .await?;
+        // A foreign format names no platforms: what was pulled tells.
+        let Answer { platform: host, .. } = engine.answer().await?;
+        for (service, wanted) in resolved
+            .services
             .iter()
-            .filter(|container| !model.services.contains_key(&service_of(container)))
+            .filter(|(_, wanted)| wanted.platforms.is_empty() && wanted.platform.is_none())
         {
-            plan.changes.push(Change {
-                subject: service_of(orphan),
-                action: Action::Remove,
-                reason: "the release does not have it any more".to_owned(),
-            });
-        }
-        model.keep(deployment)?;
-        Ok(plan)
-    }
-
-    /// Whether a container is as it should be without help: running, or a one-shot that ended well.
-    #[expect(
-        clippy::unused_self,
-        reason = "stands beside the other questions about containers"
-    )]
-    fn stands(&self, container: &ContainerSummary, wanted: &model::Service) -> bool {
-        let state = container
-            .state
-            .map(|state| state.to_string())
-            .unwrap_or_default();
-        let ended_well = state == "exited"
-            && !wanted.restarts
-            && container
-                .status
-                .as_deref()
-                .is_some_and(|status| status.starts_with("Exited (0)"));
-        state == "running" || ended_well
-    }
-
-    async fn check_platforms(&self, deployment: &Deployment) -> Result<(), EngineError> {
-        let version = self
-            .negotiated()
-            .await?
-            .version()
-            .await
-            .map_err(unavailable)?;
-        let host = Platform {
-            architecture: version.arch.unwrap_or_default(),
-            os: version.os.unwrap_or_default(),
-            ..Platform::default()
-        };
-        for pin in &deployment.config.images {
-            if !pin.platforms.is_empty()
-                && !pin.platforms.iter().any(|platform| platform.runs_on(&host))
-            {
-                let exist: Vec<String> = pin.platforms.iter().map(ToString::to_string).collect();
+            let Some(found) = engine.image(&wanted.image).await? else {
+                continue;
+            };
+            let platform = Platform {
+                architecture: found.architecture.unwrap_or_default(),
+                os: found.os.unwrap_or_default(),
+                variant: found.variant.filter(|variant| !variant.is_empty()),
+                os_version: None,
+            };
+            if !platform.architecture.is_empty() && !runs_on(&platform, &host) {
                 return Err(EngineError::Rejected(format!(
-                    "image `{}` of service `{}` does not run on {host}; it exists for {}",
-                    pin.reference,
-                    pin.service,
-                    exist.join(", ")
+                    "the image of service `{service}` is for {platform}, and this host is {host}"
                 )));
             }
         }
         Ok(())
     }
 
-    async fn pull_now(&self, deployment: &Deployment) -> Result<(), EngineError> {
-        let docker = self.negotiated().await?;
-        let images: Vec<String> = if deployment.config.images.is_empty() {
-            let model = self.model(deployment).await?;
-            model
-                .services
-                .values()
-                .map(|service| service.image.clone())
-                .collect()
-        } else {
-            deployment
-                .config
-                .images
-                .iter()
-                .map(model::pinned)
-                .collect::<Result<_, _>>()?
-        };
-        for image in images {
-            let present = docker.inspect_image(&image).await.is_ok_and(|found| {
-                found
-                    .repo_digests
-                    .unwrap_or_default()
-                    .iter()
-                    .any(|digest| same_image(digest, &image))
-            });
-            if present {
-                continue;
-            }
-            let host = image.split('/').next().unwrap_or_default();
-            let credentials =
-                (self.options.credentials)(host).map(|(username, password)| DockerCredentials {
-                    username: Some(username),
-                    password: Some(password),
-                    serveraddress: Some(host.to_owned()),
-                    ..DockerCredentials::default()
-                });
-            let options = CreateImageOptions {
-                from_image: Some(image.clone()),
-                ..CreateImageOptions::default()
-            };
-            let mut progress = Box::pin(docker.create_image(Some(options), None, credentials));
-            while let Some(step) = progress.next().await {
-                let problem = match step {
-                    Ok(info) => info.error_detail.and_then(|detail| detail.message),
-                    Err(error) => Some(error.to_string()),
-                };
-                if let Some(problem) = problem {
-                    return Err(EngineError::Unavailable(format!(
-                        "the Docker Engine cannot pull `{image}`: {problem}; nothing that runs was touched"
-                    )));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn apply_now(
+    async fn apply_locked(
         &self,
         deployment: &Deployment,
         plan: &Plan,
+        lock: File,
     ) -> Result<Applied, EngineError> {
-        let target = &deployment.target;
-        let lock = match self.projects.lock() {
-            Ok(mut projects) => Arc::clone(projects.entry(target.project.clone()).or_default()),
-            Err(_) => {
-                return Err(EngineError::Unavailable(
-                    "the engine's locks are gone, restart the agent".to_owned(),
-                ));
-            }
-        };
-        let _turn = lock.lock().await;
-        let model = self.model(deployment).await?;
-        // What the model names must be there, also after somebody cleaned up.
-        model.materialise(deployment)?;
-        let docker = self.negotiated().await?;
-        let before = self.containers(&target.project, true).await?;
-        let output = self
-            .process()
-            .up(deployment, &model, self.options.apply_timeout)
+        let resolved = self.resolved(deployment).await?;
+        let paths = Arc::new(Paths::below(&deployment.state));
+        let mut record = read_record(&paths.record).await?;
+        let (planned, before) = self.plan_now(deployment, &resolved, &record).await?;
+        let mut applied = Applied::default();
+        if planned.plan.changes != plan.changes {
+            applied
+                .notes
+                .push("what runs changed after it was planned; the plan was made again".to_owned());
+        }
+
+        // Before the first container: content under its names, and the record of what may run from now on.
+        {
+            let (resolved, paths) = (Arc::clone(&resolved), Arc::clone(&paths));
+            let used = deployment.digest.hex();
+            record.retain(|definition| {
+                before
+                    .iter()
+                    .any(|container| container.definition.as_deref() == Some(definition))
+            });
+            record.add(&resolved.services);
+            let record = record.clone();
+            blocking(move || {
+                prepare(&resolved, &paths, &used, &record).map_err(|error| unavailable(&error))
+            })
             .await?;
-        // Orphans go one by one: Compose's own switch would take strangers with them.
-        for orphan in &before {
-            if label(orphan, LABEL_TARGET) == Some(&target.name)
-                && !model.services.contains_key(&service_of(orphan))
-            {
-                self.remove_container(&docker, orphan).await?;
+        }
+        if !planned.needed {
+            applied
+                .notes
+                .push("everything runs as it should; nothing was done".to_owned());
+            return Ok(applied);
+        }
+
+        let mut attempts = 0;
+        loop {
+            applied.notes.extend(self.repair(deployment).await?);
+            let held = lock.try_clone().map_err(|error| {
+                EngineError::Unavailable(format!("cannot keep the lock: {error}"))
+            })?;
+            match self.up(deployment, &resolved, &planned, &paths, held).await {
+                Ok(()) => break,
+                // The engine still carries out what a killed run asked of it.
+                Err(EngineError::Failed(message)) if attempts < RACES && races(&message) => {
+                    attempts += 1;
+                    tracing::debug!(target = %deployment.target.name, message, "compose met the rest of an earlier run");
+                    tokio::time::sleep(RACE_PAUSE).await;
+                }
+                Err(error) => return Err(error),
             }
         }
-        let after = self.containers(&target.project, true).await?;
-        let mut notes = compare(plan, &before, &after);
-        notes.extend(output);
-        Ok(Applied { notes })
+        let engine = self.engine().await?;
+        if !planned.strangers.is_empty() {
+            // `--remove-orphans` would take the strangers as well.
+            for orphan in &planned.orphans {
+                engine.remove(&orphan.id).await?;
+            }
+        }
+        let after = engine.containers(&deployment.target.project).await?;
+        applied
+            .notes
+            .extend(differences(&planned, &resolved.services, &before, &after));
+        record.retain(|definition| {
+            after
+                .iter()
+                .any(|container| container.definition.as_deref() == Some(definition))
+        });
+        let paths = Arc::clone(&paths);
+        blocking(move || {
+            record
+                .write(&paths.record)
+                .map_err(|error| unavailable(&error))
+        })
+        .await?;
+        Ok(applied)
     }
 
-    async fn observe_now(&self, deployment: &Deployment) -> Result<Sample, EngineError> {
-        let model = self.model(deployment).await?;
-        let target = &deployment.target;
-        let docker = self.negotiated().await?;
-        let containers = self.containers(&target.project, true).await?;
-        let mut services = Vec::new();
-        let mut fingerprint = Vec::new();
-        for (service, wanted) in &model.services {
-            if wanted.replicas == 0 {
-                continue;
-            }
-            let mut looked_at = Vec::new();
-            for container in containers.iter().filter(|container| {
-                service_of(container) == *service
-                    && label(container, LABEL_TARGET) == Some(&target.name)
-            }) {
-                let Some(id) = &container.id else {
-                    continue;
-                };
-                // Gone between the list and the look: the next look tells.
-                let Ok(state) = docker.inspect_container(id, None).await else {
-                    fingerprint.push(format!("{id} gone"));
-                    continue;
-                };
-                fingerprint.push(format!(
-                    "{id} {} {}",
-                    state.restart_count.unwrap_or_default(),
-                    state
-                        .state
-                        .as_ref()
-                        .and_then(|state| state.started_at.clone())
-                        .unwrap_or_default()
-                ));
-                let is_wanted = label(container, LABEL_HASH) == Some(&wanted.hash);
-                let (mut verdict, mut detail) = if is_wanted {
-                    judge(&state, wanted)
-                } else {
-                    (SampleState::Failed, "it is not of this release".to_owned())
-                };
-                if verdict == SampleState::Failed {
-                    let lines = last_lines(&docker, id, &model).await;
-                    if !lines.is_empty() {
-                        detail = format!("{detail}; last lines: {lines}");
-                    }
-                    verdict = SampleState::Failed;
-                }
-                looked_at.push((verdict, detail));
-            }
-            services.push(
-                match looked_at
-                    .into_iter()
-                    .max_by_key(|(state, _)| severity(*state))
-                {
-                    Some((state, detail)) => ServiceSample {
-                        service: service.clone(),
-                        state,
-                        detail,
-                    },
-                    None => ServiceSample {
-                        service: service.clone(),
-                        state: SampleState::Failed,
-                        detail: "it has no container".to_owned(),
-                    },
-                },
-            );
-        }
-        let state = services
+    /// Finishes or removes what a killed run left under a temporary name.
+    async fn repair(&self, deployment: &Deployment) -> Result<Vec<String>, EngineError> {
+        let engine = self.engine().await?;
+        let containers = engine.containers(&deployment.target.project).await?;
+        let mut notes = Vec::new();
+        for container in containers
             .iter()
-            .map(|service| service.state)
-            .max_by_key(|state| severity(*state))
-            .unwrap_or(SampleState::Healthy);
-        Ok(Sample {
-            state,
-            fingerprint: fingerprint.join("\n"),
-            services,
-        })
+            .filter(|container| container.target.as_deref() == Some(&*deployment.target.name))
+        {
+            let Some(name) = container.unfinished() else {
+                continue;
+            };
+            // Where the replaced container is gone, its anonymous volumes live on in the new one alone: keep that.
+            let taken = containers.iter().any(|other| other.name == name);
+            if taken || !engine.rename(&container.id, name).await? {
+                engine.remove(&container.id).await?;
+            }
+            notes.push(format!(
+                "an interrupted replacement of container `{name}` was put right"
+            ));
+        }
+        Ok(notes)
+    }
+
+    /// Lets Compose bring the project about.
+    async fn up(
+        &self,
+        deployment: &Deployment,
+        resolved: &Resolved,
+        planned: &Planned,
+        paths: &Paths,
+        lock: File,
+    ) -> Result<(), EngineError> {
+        let mut arguments: Vec<OsString> = [
+            "--ansi",
+            "never",
+            "-p",
+            &deployment.target.project,
+            "--project-directory",
+        ]
+        .into_iter()
+        .map(Into::into)
+        .collect();
+        arguments.push(paths.project.clone().into());
+        arguments.extend(["-f", "-", "up", "-d", "--no-build", "--pull", "never"].map(Into::into));
+        if !planned.orphans.is_empty() && planned.strangers.is_empty() {
+            arguments.push("--remove-orphans".into());
+        }
+        let run = Run {
+            arguments,
+            variables: &deployment.variables,
+            directory: &paths.project,
+            input: model::render(&resolved.model),
+            // `up -d` prints nothing there. The lock's file is handed down so that the lock holds until the last process of this run has ended,
+            // even when this process is killed.
+            output: Output::File(lock),
+            timeout: self.options.apply_timeout,
+        };
+        let (reason, stderr) = match self.plugin.run(run).await {
+            Ok(finished) if finished.success => return Ok(()),
+            Ok(finished) => (finished.status, finished.stderr),
+            Err(RunError::TimedOut { timeout, stderr }) => (
+                format!("not done within {} s, stopped", timeout.as_secs()),
+                stderr,
+            ),
+            Err(error) => {
+                return Err(EngineError::Unavailable(format!(
+                    "`docker compose up`: {error}"
+                )));
+            }
+        };
+        let lines = last_lines(&resolved.redactor.redact(&stderr), ERROR_LINES, ERROR_BYTES);
+        let lower = lines.to_ascii_lowercase();
+        let message = format!("`docker compose up` failed ({reason}): {lines}");
+        let outside = [
+            "no space left on device",
+            "cannot connect to the docker daemon",
+            "is the docker daemon running",
+            "no such image",
+            "error during connect",
+            "read-only file system",
+        ];
+        if outside.iter().any(|word| lower.contains(word))
+            || self.engine().await?.answer().await.is_err()
+        {
+            return Err(EngineError::Unavailable(message));
+        }
+        Err(EngineError::Failed(message))
+    }
+
+    /// The lock of a project in this process.
+    fn project_lock(&self, project: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut projects = self.projects.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(projects.entry(project.to_owned()).or_default())
     }
 }
 
-impl Engine for ComposeEngine {
+impl super::Engine for ComposeEngine {
     fn check(&self) -> BoxFuture<'_, Result<EngineInfo, EngineError>> {
-        Box::pin(self.check_now())
+        Box::pin(async move {
+            let answer = self.engine().await?.answer().await?;
+            let version = self.plugin_version().await?;
+            Ok(EngineInfo {
+                description: format!("Docker Engine {}, Compose {version}", answer.version),
+            })
+        })
     }
 
     fn plan<'a>(&'a self, deployment: &'a Deployment) -> BoxFuture<'a, Result<Plan, EngineError>> {
-        Box::pin(self.plan_now(deployment))
+        Box::pin(async move {
+            let resolved = self.resolve(deployment).await?;
+            self.check_platforms(&resolved).await?;
+            let record = read_record(&Paths::below(&deployment.state).record).await?;
+            let (planned, _) = self.plan_now(deployment, &resolved, &record).await?;
+            let mut plan = planned.plan;
+            plan.notes.extend(resolved.notes.iter().cloned());
+            Ok(plan)
+        })
     }
 
     fn pull<'a>(&'a self, deployment: &'a Deployment) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(self.pull_now(deployment))
+        Box::pin(async move {
+            let resolved = self.resolved(deployment).await?;
+            self.check_platforms(&resolved).await?;
+            self.pull_images(&resolved).await
+        })
     }
 
     fn apply<'a>(
@@ -584,14 +430,50 @@ impl Engine for ComposeEngine {
         deployment: &'a Deployment,
         plan: &'a Plan,
     ) -> BoxFuture<'a, Result<Applied, EngineError>> {
-        Box::pin(self.apply_now(deployment, plan))
+        Box::pin(async move {
+            let project = self.project_lock(&deployment.target.project);
+            let _one = project.lock().await;
+            let paths = Paths::below(&deployment.state);
+            let lock = lock_file(paths, self.options.apply_timeout).await?;
+            self.apply_locked(deployment, plan, lock).await
+        })
     }
 
     fn observe<'a>(
         &'a self,
         deployment: &'a Deployment,
     ) -> BoxFuture<'a, Result<Sample, EngineError>> {
-        Box::pin(self.observe_now(deployment))
+        Box::pin(async move {
+            let resolved = self.resolved(deployment).await?;
+            let engine = self.engine().await?;
+            let containers = engine.containers(&deployment.target.project).await?;
+            let mut sample =
+                planning::sample(&deployment.target.name, &resolved.services, &containers);
+            for service in sample
+                .services
+                .iter_mut()
+                .filter(|service| service.state == SampleState::Failed)
+            {
+                service.detail = resolved.redactor.redact(&service.detail);
+                let failed = containers.iter().find(|container| {
+                    !container.one_off
+                        && container.service == service.service
+                        && planning::container_state(container) == SampleState::Failed
+                });
+                if let Some(container) = failed {
+                    let lines = engine.log(&container.id).await;
+                    if !lines.is_empty() {
+                        service.detail = format!(
+                            "{}; last log lines of `{}`:\n{}",
+                            service.detail,
+                            container.name,
+                            resolved.redactor.redact(&lines)
+                        );
+                    }
+                }
+            }
+            Ok(sample)
+        })
     }
 
     fn clean<'a>(
@@ -600,172 +482,105 @@ impl Engine for ComposeEngine {
         kept: &'a [Deployment],
     ) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(async move {
-            if let Ok(mut models) = self.models.lock() {
-                let kept: Vec<String> = kept
-                    .iter()
-                    .map(|one| format!("{}@{}", target.name, one.digest))
-                    .collect();
-                let prefix = format!("{}@", target.name);
-                models.retain(|key, _| !key.starts_with(&prefix) || kept.contains(key));
-            }
-            let Some(first) = kept.first() else {
+            // Without a kept deployment nothing says where the state is, and nothing may be thought superfluous.
+            let Some(state) = kept.first().map(|deployment| deployment.state.clone()) else {
                 return Ok(());
             };
-            let digests: Vec<_> = kept.iter().map(|deployment| &deployment.digest).collect();
-            content::clean(&first.state, &digests)
+            let project = self.project_lock(&target.project);
+            let _one = project.lock().await;
+            let _lock = lock_file(Paths::below(&state), SHORT).await?;
+            // The engine starts containers again after a reboot, so whatever a container mounts stays, even a stopped one's.
+            let containers = self.engine().await?.containers(&target.project).await?;
+            let mounted: Vec<String> = containers
+                .into_iter()
+                .flat_map(|container| container.mounts)
+                .collect();
+            let digests: BTreeSet<String> = kept
+                .iter()
+                .map(|deployment| deployment.digest.hex())
+                .collect();
+            blocking(move || {
+                sweep(&Paths::below(&state), &digests, &mounted)
+                    .map_err(|error| unavailable(&error))
+            })
+            .await
         })
     }
 }
 
-/// What one container's state means for its service.
-fn judge(container: &ContainerInspectResponse, wanted: &model::Service) -> (SampleState, String) {
-    let Some(state) = &container.state else {
-        return (SampleState::Pending, "no state".to_owned());
-    };
-    let exit = state.exit_code.unwrap_or_default();
-    let restarts = container.restart_count.unwrap_or_default();
-    match state.status {
-        Some(ContainerStateStatusEnum::RUNNING) => {
-            match state.health.as_ref().and_then(|health| health.status) {
-                Some(HealthStatusEnum::HEALTHY) => {
-                    (SampleState::Healthy, "running, healthy".to_owned())
-                }
-                Some(HealthStatusEnum::STARTING) => (
-                    SampleState::Pending,
-                    "running, health check starting".to_owned(),
-                ),
-                Some(HealthStatusEnum::UNHEALTHY) => {
-                    (SampleState::Failed, "running, unhealthy".to_owned())
-                }
-                _ => (
-                    SampleState::Healthy,
-                    format!("running, {restarts} restarts"),
-                ),
-            }
-        }
-        Some(ContainerStateStatusEnum::RESTARTING) => (
-            SampleState::Failed,
-            format!("restarting after exit code {exit}, {restarts} restarts"),
-        ),
-        Some(ContainerStateStatusEnum::EXITED) if exit == 0 && !wanted.restarts => {
-            (SampleState::Healthy, "finished with exit code 0".to_owned())
-        }
-        Some(ContainerStateStatusEnum::EXITED) => {
-            (SampleState::Failed, format!("ended with exit code {exit}"))
-        }
-        Some(ContainerStateStatusEnum::DEAD) => (SampleState::Failed, "dead".to_owned()),
-        Some(other) => (SampleState::Pending, other.to_string()),
-        None => (SampleState::Pending, "no state".to_owned()),
-    }
-}
-
-fn severity(state: SampleState) -> u8 {
-    match state {
-        SampleState::Healthy => 0,
-        SampleState::Pending => 1,
-        SampleState::Failed => 2,
-    }
-}
-
-/// The last lines that a container wrote, without secrets.
-async fn last_lines(docker: &Docker, id: &str, model: &Model) -> String {
-    let options = LogsOptions {
-        stdout: true,
-        stderr: true,
-        tail: "5".to_owned(),
-        ..LogsOptions::default()
-    };
-    let mut lines = Vec::new();
-    let mut logs = Box::pin(docker.logs(id, Some(options)));
-    while let Some(Ok(line)) = logs.next().await {
-        lines.push(
-            line.to_string()
-                .trim()
-                .chars()
-                .take(300)
-                .collect::<String>(),
-        );
-    }
-    model.redact(&lines.join(" | "))
-}
-
-/// Where what happened differs from what was planned. Compose hashes services in its own way, which
-/// changes between versions, so a difference is written down and not an error.
-fn compare(plan: &Plan, before: &[ContainerSummary], after: &[ContainerSummary]) -> Vec<String> {
-    let ids = |containers: &[ContainerSummary], service: &str| -> Vec<String> {
+/// Compares what happened with what was planned.
+fn differences(
+    planned: &Planned,
+    wanted: &BTreeMap<String, Wanted>,
+    before: &[Container],
+    after: &[Container],
+) -> Vec<String> {
+    let ids = |containers: &[Container], service: &str| -> BTreeSet<String> {
         containers
             .iter()
-            .filter(|container| service_of(container) == service)
-            .filter_map(|container| container.id.clone())
+            .filter(|container| !container.one_off && container.service == service)
+            .map(|container| container.id.clone())
             .collect()
     };
     let mut notes = Vec::new();
-    for change in &plan.changes {
-        let same = ids(before, &change.subject) == ids(after, &change.subject);
+    for change in &planned.plan.changes {
+        let service = change.subject.as_str();
+        let (old, new) = (ids(before, service), ids(after, service));
         match change.action {
-            Action::Keep if !same => {
+            Action::Keep if old != new => notes.push(format!(
+                "service `{service}` was to be left alone and was replaced by Compose"
+            )),
+            Action::Recreate
+                if wanted
+                    .get(service)
+                    .is_some_and(|wanted| stale(wanted, after, service)) =>
+            {
                 notes.push(format!(
-                    "`{}` was to be left alone, but Compose replaced it",
-                    change.subject
+                    "service `{service}` was to be made anew and was left as it was"
                 ));
             }
-            Action::Recreate if same && change.reason != "it does not run" => {
-                notes.push(format!(
-                    "`{}` was to be replaced, but Compose left it alone",
-                    change.subject
-                ));
-            }
+            Action::Create if new.is_empty() => notes.push(format!(
+                "service `{service}` was to be made and has no container"
+            )),
+            Action::Remove if !new.is_empty() => notes.push(format!(
+                "service `{service}` was to be removed and is still there"
+            )),
             _ => {}
         }
     }
     notes
 }
 
-/// Compares an image with a repository digest. The engine leaves `docker.io/library/` out.
-fn same_image(known: &str, wanted: &str) -> bool {
-    let full = |text: &str| {
-        oci::Reference::parse_familiar(text)
-            .map_or_else(|_| text.to_owned(), |reference| reference.to_string())
-    };
-    full(known) == full(wanted)
+/// Whether Compose failed over a container that another run had in hand.
+fn races(message: &str) -> bool {
+    let lower = message.to_ascii_lowercase();
+    [
+        "is already in progress",
+        "conflict. the container name",
+        "no such container",
+        "is not running",
+        "is marked for removal",
+    ]
+    .iter()
+    .any(|word| lower.contains(word))
 }
 
-fn label<'a>(container: &'a ContainerSummary, name: &str) -> Option<&'a str> {
-    container
-        .labels
-        .as_ref()
-        .and_then(|labels| labels.get(name))
-        .map(String::as_str)
+fn stale(wanted: &Wanted, containers: &[Container], service: &str) -> bool {
+    containers.iter().any(|container| {
+        !container.one_off
+            && container.service == service
+            && container.definition.as_deref() != Some(wanted.definition.as_str())
+    })
 }
 
-fn service_of(container: &ContainerSummary) -> String {
-    label(container, "com.docker.compose.service")
-        .unwrap_or_default()
-        .to_owned()
-}
-
-fn name_of(container: &ContainerSummary) -> String {
-    container
-        .names
-        .iter()
-        .flatten()
-        .next()
-        .map(|name| name.trim_start_matches('/').to_owned())
-        .or_else(|| container.id.clone())
-        .unwrap_or_default()
-}
-
-fn unavailable(error: bollard::errors::Error) -> EngineError {
-    EngineError::Unavailable(format!(
-        "the Docker Engine cannot be used ({error}); is it running, and may this user reach it?"
-    ))
-}
-
-const ONE_OFF: &str = "com.docker.compose.oneoff";
-const PROJECT: &str = "com.docker.compose.project";
-
-/// Names and hashes, by service: used by plans to say what changed.
-type Parts = BTreeMap<String, String>;
+const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
+const SHORT: Duration = Duration::from_mins(1);
+/// How often `up` is tried again when it meets the rest of an earlier run.
+const RACES: u32 = 3;
+const RACE_PAUSE: Duration = Duration::from_secs(1);
+const PARALLEL_PULLS: usize = 3;
+const ERROR_LINES: usize = 12;
+const ERROR_BYTES: usize = 3000;
 
 #[cfg(test)]
 mod tests;

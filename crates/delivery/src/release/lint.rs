@@ -8,7 +8,7 @@ use std::path::Path;
 
 use oci::Reference;
 
-use super::tree::Tree;
+use super::tree::{Kind, Tree};
 use super::{EngineKind, Finding, PackOptions, ReleaseError, Severity, Variable, finding};
 
 mod compose;
@@ -66,6 +66,16 @@ pub(super) fn analyse(directory: &Path, options: &PackOptions) -> Result<Analysi
             0,
             "there is no Compose file",
             "add `compose.yaml`, name one with `--entry`, or choose the engine `files`",
+        ));
+    }
+    let is_file = |kind: &Kind| matches!(kind, Kind::File { .. });
+    if !tree.entries.values().any(is_file) {
+        findings.push(finding(
+            Severity::Error,
+            ".",
+            0,
+            "there is nothing to release, the directory has no files",
+            "name the directory that holds the definition files",
         ));
     }
     credentials(&tree, &mut findings)?;

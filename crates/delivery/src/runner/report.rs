@@ -78,6 +78,7 @@ pub fn explain(target: &Target, status: TargetStatus, paths: &Paths) -> Explanat
         status,
         rule: rule(target),
         attempt: None,
+        rollback: None,
         verdict: None,
         plan: None,
         steps: Vec::new(),
@@ -86,6 +87,7 @@ pub fn explain(target: &Target, status: TargetStatus, paths: &Paths) -> Explanat
     };
     if let Some(story) = story {
         explanation.attempt = Some(story.summary);
+        explanation.rollback = story.rollback;
         explanation.verdict = story.verdict;
         explanation.plan = story.plan;
         explanation.steps = story.steps;

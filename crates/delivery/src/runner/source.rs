@@ -174,7 +174,8 @@ impl Source for ClientSource {
         staging: &'a Path,
     ) -> BoxFuture<'a, Result<FetchedRelease, SourceError>> {
         Box::pin(async move {
-            release::fetch(&self.repository(&target.reference), digest, staging)
+            let repository = self.repository(&target.reference);
+            release::fetch_named(&repository, digest, staging, &target.release)
                 .await
                 .map_err(release_error)
         })
@@ -243,10 +244,9 @@ fn stream_error(error: client::Error) -> StreamError {
 }
 
 fn source_error(error: client::Error) -> SourceError {
-    match &error {
-        client::Error::DigestMismatch { .. } => SourceError::Rejected(chain(&error)),
-        _ => SourceError::Unavailable(full_disk(&error).unwrap_or_else(|| chain(&error))),
-    }
+    // Bytes that are not those of their digest are the registry's fault, or that of something on the way, and not the
+    // release's: they are refused, and asked for again.
+    SourceError::Unavailable(full_disk(&error).unwrap_or_else(|| chain(&error)))
 }
 
 fn release_error(error: ReleaseError) -> SourceError {

@@ -397,16 +397,29 @@ pub(crate) fn explain(explanation: &Explanation) {
             attempt.outcome.as_deref().unwrap_or("goes on")
         ));
     }
+    if let Some(rollback) = &explanation.rollback {
+        output::line(format!(
+            "  back from {} by attempt {} by {} at {}: {}",
+            rollback.digest,
+            rollback.attempt,
+            rollback.trigger,
+            rollback.started,
+            rollback.reason.as_deref().unwrap_or("goes on")
+        ));
+    }
     if let Some(plan) = &explanation.plan {
         output::line("  plan");
         for change in &plan.changes {
-            output::line(
-                format!(
-                    "    {:?} {}: {}",
-                    change.action, change.subject, change.reason
-                )
-                .to_lowercase(),
-            );
+            let action = match change.action {
+                Action::Create => "create",
+                Action::Recreate => "recreate",
+                Action::Remove => "remove",
+                Action::Keep => "keep",
+            };
+            output::line(format!(
+                "    {action} {}: {}",
+                change.subject, change.reason
+            ));
         }
     }
     if !explanation.steps.is_empty() {

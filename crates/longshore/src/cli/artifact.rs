@@ -353,6 +353,7 @@ impl Tag {
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
     /// `host/repository:tag` or `host/repository@digest`.
+    #[arg(required = true)]
     references: Vec<String>,
 }
 

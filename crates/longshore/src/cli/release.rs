@@ -52,7 +52,7 @@ struct Description {
     #[arg(long)]
     engine: Option<Engine>,
     /// A definition file to start from; may be given several times [default: as Compose finds them].
-    #[arg(long = "file", short = 'f', value_name = "FILE")]
+    #[arg(long, short = 'f', visible_alias = "file", value_name = "FILE")]
     entry: Vec<String>,
 }
 

@@ -33,6 +33,22 @@ fn an_unknown_key_names_the_nearest_one() {
     let (message, hint) = refused("version: 1\nserver:\n  lisen: 127.0.0.1:1\n", &[]);
     assert!(message.contains("lisen"), "{message}");
     assert_eq!(hint.as_deref(), Some("did you mean `listen`?"));
+    // Also where the parser shows the line with the key.
+    let (_, hint) = refused("version: 1\nserver: {lsten: 127.0.0.1:1}\n", &[]);
+    assert_eq!(hint.as_deref(), Some("did you mean `listen`?"));
+    let (_, hint) = refused("version: 1\nsever: {}\n", &[]);
+    assert_eq!(hint.as_deref(), Some("did you mean `server`?"));
+    let (_, hint) = refused("version: 1\nauth: {htpaswd: /x}\n", &[]);
+    assert_eq!(hint.as_deref(), Some("did you mean `htpasswd`?"));
+    let (_, hint) = refused("version: 1", &[("LONGSHORE_SERVER__LISEN", "x")]);
+    assert_eq!(hint.as_deref(), Some("did you mean `listen`?"));
+}
+
+#[test]
+fn a_log_level_that_is_none_is_refused() {
+    let (message, _) = refused("version: 1\nlog: {level: 'a=b=c=['}\n", &[]);
+    assert!(message.contains("log.level"), "{message}");
+    load("version: 1\nlog: {level: 'registry=debug,info'}\n", &[]).unwrap();
 }
 
 #[test]
@@ -66,6 +82,7 @@ fn an_open_address_without_users_is_refused_with_the_line_to_add() {
 fn versions() {
     assert!(refused("server: {}\n", &[]).0.contains("version"));
     assert!(refused("version: 2\n", &[]).0.contains("newer"));
+    assert!(!refused("version: 0\n", &[]).0.contains("newer"));
 }
 
 #[test]

@@ -97,7 +97,12 @@ impl Users {
             path: path.to_owned(),
             problem,
         };
-        let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let text = std::fs::read(path).map_err(|error| {
+            failed(format!(
+                "{error}, make it with `htpasswd -B -c {} USER`",
+                path.display()
+            ))
+        })?;
         let text =
             String::from_utf8(text).map_err(|_| failed("it is not UTF-8 text".to_owned()))?;
         Self::parse(&text).map_err(failed)

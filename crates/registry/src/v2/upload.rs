@@ -76,13 +76,17 @@ pub(crate) async fn patch(
     let (writer, limit) = claim(call, name, &id).await?;
     let receive = Receive::of(call, limit);
     let result = spawn(call, async move {
-        let mut writer = writer;
-        let ended = receive.run(&mut writer).await;
-        match ended {
+        let (mut writer, mut receive) = (writer, receive);
+        let result = match receive.run(&mut writer).await {
             Ended::Failed(error) => Err(error.into()),
-            Ended::Whole => Ok((writer.record().await?, None)),
-            Ended::Early(refusal) => Ok((writer.record().await?, Some(refusal))),
-        }
+            Ended::Whole => recorded(writer).await.map(|offset| (offset, None)),
+            Ended::Early(refusal) => match recorded_early(writer).await {
+                Ok(Some(offset)) => Ok((offset, Some(refusal))),
+                Ok(None) => Err(refusal),
+                Err(error) => Err(error),
+            },
+        };
+        (result, receive.body)
     })
     .await?;
     match result {
@@ -228,30 +232,51 @@ async fn receive_and_commit(
     let actor = call.actor();
     let wanted = digest.clone();
     spawn(call, async move {
-        let mut writer = writer;
-        match receive.run(&mut writer).await {
+        let (mut writer, mut receive) = (writer, receive);
+        let result = match receive.run(&mut writer).await {
             Ended::Failed(error) => Err(error.into()),
-            Ended::Whole => Ok(writer.commit(&wanted, &actor).await?),
-            Ended::Early(refusal) => {
-                let offset = writer.record().await?;
-                Err(refusal.with(RANGE, upload_range(offset)))
-            }
-        }
+            Ended::Whole => writer.commit(&wanted, &actor).await.map_err(Refusal::from),
+            Ended::Early(refusal) => match recorded_early(writer).await {
+                Ok(Some(offset)) => Err(refusal.with(RANGE, upload_range(offset))),
+                Ok(None) => Err(refusal),
+                Err(error) => Err(error),
+            },
+        };
+        (result, receive.body)
     })
     .await?;
     created(name, &digest)
 }
 
-/// Runs work that must go on when the client goes away.
+async fn recorded(writer: UploadWriter) -> Result<u64, Refusal> {
+    Ok(writer.record().await?)
+}
+
+/// Records what came of a body that ended early. `None`: the writer was idle for so long that somebody else
+/// did it; what the client is told is why its body ended, not that.
+async fn recorded_early(writer: UploadWriter) -> Result<Option<u64>, Refusal> {
+    match writer.record().await {
+        Ok(offset) => Ok(Some(offset)),
+        Err(store::Error::UploadBusy { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Runs work that must go on when the client goes away. What it left of the body is the call's again: it
+/// is read away before the answer, else a client that is still sending would see a broken connection
+/// in place of the answer.
 async fn spawn<T: Send + 'static>(
-    call: &Call,
-    work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+    call: &mut Call,
+    work: impl Future<Output = (Result<T, Refusal>, Option<Incoming>)> + Send + 'static,
 ) -> Result<T, Refusal> {
-    call.context
+    let (result, rest) = call
+        .context
         .tasks
         .spawn(work)
         .await
-        .map_err(|error| Refusal::internal(chain(&error)))?
+        .map_err(|error| Refusal::internal(chain(&error)))?;
+    call.body = rest;
+    result
 }
 
 /// Receives one body into one writer.
@@ -283,9 +308,10 @@ impl Receive {
         }
     }
 
-    async fn run(mut self, writer: &mut UploadWriter) -> Ended {
+    /// Afterwards `body` is what more may come; nothing does of one that broke off or stalled.
+    async fn run(&mut self, writer: &mut UploadWriter) -> Ended {
         let mut received = 0u64;
-        if let Some(body) = &mut self.body {
+        if let Some(mut body) = self.body.take() {
             loop {
                 let frame = match tokio::time::timeout(self.timeout, body.frame()).await {
                     Err(_) => return Ended::Early(stalled()),
@@ -298,6 +324,7 @@ impl Receive {
                 };
                 received += data.len() as u64;
                 if self.length.is_some_and(|length| received > length) {
+                    self.body = Some(body);
                     return Ended::Early(Refusal::bad_request(
                         "SIZE_INVALID",
                         "the body is longer than its `Content-Range`",
@@ -305,6 +332,7 @@ impl Receive {
                 }
                 self.metrics.received(data.len() as u64);
                 if let Err(error) = writer.write(data).await {
+                    self.body = Some(body);
                     return Ended::Failed(error);
                 }
             }

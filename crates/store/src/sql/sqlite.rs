@@ -189,6 +189,8 @@ enum Message {
 trait Job: Send {
     /// Runs the body; `false` when it failed and must be rolled back.
     fn run(&mut self, tx: &mut Tx) -> bool;
+    /// Whether the body met a failure that the writer must not go on from.
+    fn must_stop(&self) -> bool;
     /// Answers after the COMMIT, or with the failure of the whole transaction.
     fn finish(&mut self, failure: Option<Error>);
 }
@@ -206,6 +208,10 @@ impl<B: Body> Job for Pending<B> {
         let succeeded = outcome.is_ok();
         self.outcome = Some(outcome);
         succeeded
+    }
+
+    fn must_stop(&self) -> bool {
+        matches!(self.outcome, Some(Err(Error::Stopped)))
     }
 
     fn finish(&mut self, failure: Option<Error>) {
@@ -337,6 +343,10 @@ impl Writer {
             self.tx.now = self.tx.context.clock.now();
             self.tx.event = 0;
             let succeeded = job.run(&mut self.tx);
+            if job.must_stop() {
+                // Pages of a large transaction are written before its COMMIT, so this is where they fail.
+                return Err(Error::Stopped);
+            }
             if self.connection().is_autocommit() {
                 // SQLite ends the whole transaction by itself after a full disk or an I/O error.
                 return Err(Error::Full);

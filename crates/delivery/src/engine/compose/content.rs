@@ -1,193 +1,301 @@
-//! Files of a release under paths named by their content, so that only a service whose file changed
-//! is recreated. The paths are persistent, because the engine starts containers again after a reboot.
+//! Mounted content under names made from the content itself.
+//!
+//! A release's directory is named by the release's digest, so a bind straight out of it would recreate every service that mounts anything at each release.
+//! So each mounted file or directory is copied to `content/<sha256>`: what did not change keeps its path, and Compose leaves the service alone.
+//! These paths last as long as a kept release or a container uses them, because the engine starts containers again after a reboot without asking anyone.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, Permissions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
 
-use oci::Digest;
-use sha2::{Digest as _, Sha256};
+use oci::{Algorithm, Digest, Hasher};
 
-use crate::engine::EngineError;
-
-/// A file or a directory with the hash of everything in it.
+/// The name of some content: the hash over kind, names, modes and bytes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Name(String);
+
+impl Name {
+    /// Hexadecimal, 64 digits.
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Reads a name, as from a file's name.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        (text.len() == 64
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase()))
+        .then(|| Self(text.to_owned()))
+    }
+}
+
+/// Something to mount, and where it comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Content {
-    hash: String,
-    source: PathBuf,
+    /// Its name.
+    pub(super) name: Name,
+    /// A file or directory inside a release.
+    pub(super) source: PathBuf,
 }
 
-impl Content {
-    /// Hashes names, modes and bytes.
-    pub(super) fn of(source: &Path) -> Result<Self, EngineError> {
-        let mut hasher = Sha256::new();
-        hash(source, &mut hasher).map_err(|error| failed("read", source, &error))?;
-        Ok(Self {
-            hash: hex::encode(hasher.finalize()),
-            source: source.to_owned(),
-        })
-    }
+/// Why content cannot be named or copied.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ContentError {
+    /// It is of a kind that is not mounted; this does not pass by itself.
+    #[error("`{0}` is neither a file, a directory nor a link that stays inside")]
+    Kind(PathBuf),
+    /// The bytes are not those that were planned with.
+    #[error("`{0}` changed since it was planned with")]
+    Changed(PathBuf),
+    /// The disk.
+    #[error("cannot {operation} `{path}`: {source}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
 
-    /// Where it lies in a target's state.
-    pub(super) fn path(&self, state: &Path) -> PathBuf {
-        state.join("engine/content").join(&self.hash)
-    }
+/// Names a file or directory. Only the owner's execute bit of a mode counts, as in a release.
+pub(super) fn name(source: &Path) -> Result<Name, ContentError> {
+    let digest = entry(source, source, None)?;
+    Ok(Name(digest.hex()))
+}
 
-    /// Copies it there, whole or not at all.
-    pub(super) fn materialise(&self, state: &Path) -> Result<(), EngineError> {
-        let path = self.path(state);
-        if path.exists() {
-            return Ok(());
+/// Puts `content` beneath `root` under its name, whole and durable, whatever the umask. Content that is there and intact is left alone.
+pub(super) fn place(root: &Path, content: &Content) -> Result<PathBuf, ContentError> {
+    let path = root.join(content.name.as_str());
+    match fs::symlink_metadata(&path) {
+        Ok(_) if intact(&path, &content.name) => return Ok(path),
+        Ok(_) => {
+            // Someone wrote to it. A container that mounts it keeps the old inode; the path gets the right bytes.
+            let aside = unique(root)?;
+            let aside = aside.keep();
+            fs::rename(&path, aside.join("damaged")).map_err(io("move aside", &path))?;
         }
-        let parent = state.join("engine/content");
-        make_directory(&parent)?;
-        let partial = parent.join(format!(".{}.partial", self.hash));
-        let copied = remove(&partial)
-            .and_then(|()| copy(&self.source, &partial))
-            .and_then(|()| fs::rename(&partial, &path))
-            .and_then(|()| File::open(&parent)?.sync_all());
-        copied.map_err(|error| {
-            let _ = remove(&partial);
-            failed("write", &path, &error)
-        })
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(io("read", &path)(error)),
     }
+    let directory = unique(root)?;
+    let copy = directory.path().join("content");
+    copy_entry(&content.source, &copy, &content.source)?;
+    if name(&copy)? != content.name {
+        return Err(ContentError::Changed(content.source.clone()));
+    }
+    fs::rename(&copy, &path).map_err(io("rename", &path))?;
+    sync_directory(root)?;
+    Ok(path)
 }
 
-/// Writes down what a release uses.
-pub(super) fn remember(
-    state: &Path,
-    release: &Digest,
-    contents: &BTreeSet<Content>,
-) -> Result<(), EngineError> {
-    let directory = state.join("engine/uses");
-    make_directory(&directory)?;
-    let path = directory.join(release.hex());
-    let mut text = String::new();
-    for content in contents {
-        text.push_str(&content.hash);
-        text.push('\n');
-    }
-    let partial = directory.join(format!(".{}.partial", release.hex()));
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&partial)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&partial, &path)?;
-        File::open(&directory)?.sync_all()
+/// Removes whatever beneath `root` is not `kept`, including what an interrupted copy left.
+pub(super) fn sweep(root: &Path, kept: &BTreeSet<Name>) -> Result<usize, ContentError> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(io("read", root)(error)),
     };
-    write().map_err(|error| failed("write", &path, &error))
-}
-
-/// Removes content that no kept release uses.
-pub(super) fn clean(state: &Path, kept: &[&Digest]) -> Result<(), EngineError> {
-    let kept: BTreeSet<String> = kept.iter().map(|digest| digest.hex()).collect();
-    let uses = state.join("engine/uses");
-    let contents = state.join("engine/content");
-    let work = || -> io::Result<()> {
-        let mut needed = BTreeSet::new();
-        for name in names(&uses)? {
-            let path = uses.join(&name);
-            if kept.contains(&name) {
-                needed.extend(fs::read_to_string(&path)?.lines().map(str::to_owned));
-            } else {
-                fs::remove_file(&path)?;
-            }
+    let mut removed = 0;
+    for found in entries {
+        let found = found.map_err(io("read", root))?;
+        let path = found.path();
+        let file_name = found.file_name();
+        let text = file_name.to_string_lossy();
+        let ours = match Name::parse(&text) {
+            Some(name) => !kept.contains(&name),
+            None => text.starts_with(TEMPORARY),
+        };
+        if !ours {
+            continue;
         }
-        for name in names(&contents)? {
-            if !needed.contains(&name) {
-                remove(&contents.join(name))?;
-            }
-        }
-        Ok(())
-    };
-    work().map_err(|error| failed("clean", &contents, &error))
-}
-
-/// Makes a directory with its parents.
-pub(super) fn make_directory(path: &Path) -> Result<(), EngineError> {
-    fs::create_dir_all(path).map_err(|error| failed("make", path, &error))
-}
-
-fn names(directory: &Path) -> io::Result<Vec<String>> {
-    match fs::read_dir(directory) {
-        Ok(entries) => entries
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
+        let directory = found.file_type().map_err(io("read", &path))?.is_dir();
+        let result = if directory {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        result.map_err(io("remove", &path))?;
+        removed += 1;
     }
+    Ok(removed)
 }
 
-fn hash(path: &Path, hasher: &mut Sha256) -> io::Result<()> {
-    let metadata = fs::symlink_metadata(path)?;
-    if metadata.is_dir() {
-        let mut entries = names(path)?;
-        entries.sort_unstable();
-        hasher.update(b"directory\0");
-        for name in entries {
-            hasher.update((name.len() as u64).to_be_bytes());
-            hasher.update(name.as_bytes());
-            hash(&path.join(&name), hasher)?;
-        }
-        hasher.update(b"end\0");
+/// Writes a small file so that after a power cut it holds the old or the new bytes; readable for its owner alone.
+pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), ContentError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new()
+        .prefix(TEMPORARY)
+        .tempfile_in(directory)
+        .map_err(io("write", path))?;
+    file.write_all(bytes).map_err(io("write", path))?;
+    file.as_file().sync_all().map_err(io("sync", path))?;
+    file.persist(path)
+        .map_err(|error| io("rename", path)(error.error))?;
+    sync_directory(directory)
+}
+
+/// Makes a directory and its parents, durable.
+pub(super) fn make_directory(path: &Path) -> Result<(), ContentError> {
+    if path.is_dir() {
         return Ok(());
     }
-    hasher.update(if is_executable(&metadata) {
-        b"program\0" as &[u8]
-    } else {
-        b"file\0"
-    });
-    hasher.update(metadata.len().to_be_bytes());
-    let mut file = File::open(path)?;
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 {
-            return Ok(());
+    fs::create_dir_all(path).map_err(io("create", path))?;
+    sync_directory(path.parent().unwrap_or(Path::new("/")))
+}
+
+fn sync_directory(path: &Path) -> Result<(), ContentError> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(io("sync", path))
+}
+
+fn unique(root: &Path) -> Result<tempfile::TempDir, ContentError> {
+    tempfile::Builder::new()
+        .prefix(TEMPORARY)
+        .tempdir_in(root)
+        .map_err(io("create a directory in", root))
+}
+
+/// Whether what stands at `path` has the name's content and exactly the modes we set.
+fn intact(path: &Path, expected: &Name) -> bool {
+    entry(path, path, Some(())).is_ok_and(|digest| digest.hex() == expected.0)
+}
+
+/// The hash of one entry. With `exact`, a mode other than the one we set is a difference.
+fn entry(path: &Path, root: &Path, exact: Option<()>) -> Result<Digest, ContentError> {
+    let metadata = fs::symlink_metadata(path).map_err(io("read", path))?;
+    let kind = metadata.file_type();
+    let mut hasher = Hasher::new(Algorithm::Sha256);
+    if kind.is_symlink() {
+        let target = fs::read_link(path).map_err(io("read", path))?;
+        if !stays_inside(path, &target, root) {
+            return Err(ContentError::Kind(path.to_owned()));
         }
-        hasher.update(buffer.get(..count).unwrap_or_default());
-    }
-}
-
-/// Copies with the modes of a release, whatever the umask, and syncs.
-fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    let metadata = fs::symlink_metadata(from)?;
-    if metadata.is_dir() {
-        fs::create_dir(to)?;
-        for name in names(from)? {
-            copy(&from.join(&name), &to.join(&name))?;
+        hasher.update(b"longshore content 1 link\n");
+        hasher.update(std::os::unix::ffi::OsStrExt::as_bytes(target.as_os_str()));
+    } else if kind.is_dir() {
+        if exact.is_some() && metadata.permissions().mode() & 0o7777 != DIRECTORY_MODE {
+            return Err(ContentError::Changed(path.to_owned()));
         }
-        fs::set_permissions(to, Permissions::from_mode(0o755))?;
-        return File::open(to)?.sync_all();
-    }
-    io::copy(&mut File::open(from)?, &mut File::create(to)?)?;
-    let mode = if is_executable(&metadata) {
-        0o755
+        hasher.update(b"longshore content 1 directory\n");
+        for name in sorted_names(path)? {
+            let digest = entry(&path.join(&name), root, exact)?;
+            let name = std::os::unix::ffi::OsStrExt::as_bytes(name.as_os_str());
+            // Names hold no NUL, so this cannot be read in two ways.
+            hasher.update(name);
+            hasher.update(b"\0");
+            hasher.update(digest.as_bytes());
+        }
+    } else if kind.is_file() {
+        let mode = file_mode(metadata.permissions().mode());
+        if exact.is_some() && metadata.permissions().mode() & 0o7777 != mode {
+            return Err(ContentError::Changed(path.to_owned()));
+        }
+        hasher.update(format!("longshore content 1 file {mode:o}\n").as_bytes());
+        let mut file = File::open(path).map_err(io("read", path))?;
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let count = file.read(&mut buffer).map_err(io("read", path))?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&buffer[..count]);
+        }
     } else {
-        0o644
-    };
-    fs::set_permissions(to, Permissions::from_mode(mode))?;
-    File::open(to)?.sync_all()
+        return Err(ContentError::Kind(path.to_owned()));
+    }
+    Ok(hasher.finish())
 }
 
-fn is_executable(metadata: &fs::Metadata) -> bool {
-    metadata.permissions().mode() & 0o100 != 0
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+fn copy_entry(from: &Path, to: &Path, root: &Path) -> Result<(), ContentError> {
+    let metadata = fs::symlink_metadata(from).map_err(io("read", from))?;
+    let kind = metadata.file_type();
+    if kind.is_symlink() {
+        let target = fs::read_link(from).map_err(io("read", from))?;
+        if !stays_inside(from, &target, root) {
+            return Err(ContentError::Kind(from.to_owned()));
+        }
+        std::os::unix::fs::symlink(target, to).map_err(io("link", to))
+    } else if kind.is_dir() {
+        fs::create_dir(to).map_err(io("create", to))?;
+        for name in sorted_names(from)? {
+            copy_entry(&from.join(&name), &to.join(&name), root)?;
+        }
+        fs::set_permissions(to, Permissions::from_mode(DIRECTORY_MODE))
+            .map_err(io("set the mode of", to))?;
+        sync_directory(to)
+    } else if kind.is_file() {
+        let mut source = File::open(from).map_err(io("read", from))?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(to)
+            .map_err(io("create", to))?;
+        io::copy(&mut source, &mut file).map_err(io("write", to))?;
+        file.set_permissions(Permissions::from_mode(file_mode(
+            metadata.permissions().mode(),
+        )))
+        .map_err(io("set the mode of", to))?;
+        file.sync_all().map_err(io("sync", to))
+    } else {
+        Err(ContentError::Kind(from.to_owned()))
     }
 }
 
-fn failed(operation: &str, path: &Path, error: &io::Error) -> EngineError {
-    EngineError::Unavailable(format!("cannot {operation} `{}`: {error}", path.display()))
+fn sorted_names(directory: &Path) -> Result<Vec<std::ffi::OsString>, ContentError> {
+    let mut names = fs::read_dir(directory)
+        .and_then(|entries| {
+            entries
+                .map(|entry| entry.map(|entry| entry.file_name()))
+                .collect::<io::Result<Vec<_>>>()
+        })
+        .map_err(io("read", directory))?;
+    names.sort();
+    Ok(names)
 }
+
+/// Whether a link at `path` with `target` stays inside `root`, judged by names alone.
+fn stays_inside(path: &Path, target: &Path, root: &Path) -> bool {
+    let Ok(relative) = path.strip_prefix(root) else {
+        return false;
+    };
+    let mut depth = relative.components().count();
+    if depth == 0 {
+        return false;
+    }
+    depth -= 1;
+    for component in target.components() {
+        match component {
+            Component::Normal(_) => depth += 1,
+            Component::CurDir => {}
+            Component::ParentDir if depth > 0 => depth -= 1,
+            _ => return false,
+        }
+    }
+    true
+}
+
+const fn file_mode(mode: u32) -> u32 {
+    if mode & 0o100 == 0 { 0o644 } else { 0o755 }
+}
+
+fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ContentError {
+    let path = path.to_owned();
+    move |source| ContentError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+const DIRECTORY_MODE: u32 = 0o755;
+const TEMPORARY: &str = ".new-";
+
+#[cfg(test)]
+mod tests;

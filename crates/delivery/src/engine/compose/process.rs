@@ -1,321 +1,317 @@
-//! Running the `docker` program: a clean environment, a process group of its own, a time limit.
+//! Runs the Compose plugin: a clean environment, bounded output, our own timeout, and the whole process group goes when it must.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, Command};
 
-use super::model::Model;
-use crate::engine::{Deployment, EngineError};
-
-/// How the program is started.
-pub(super) struct Process<'a> {
-    pub(super) program: &'a Path,
-    pub(super) docker_host: Option<&'a str>,
+/// The program that answers to `compose` commands.
+#[derive(Clone, Debug)]
+pub(super) struct Plugin {
+    /// `docker`, or the plugin itself.
+    pub(super) program: PathBuf,
+    /// The engine, as `DOCKER_HOST` says it.
+    pub(super) host: String,
 }
 
-/// What a program did.
-struct Output {
-    is_success: bool,
-    stdout: Vec<u8>,
-    stderr: String,
+/// One run of the plugin.
+pub(super) struct Run<'a> {
+    /// Arguments after `compose`.
+    pub(super) arguments: Vec<OsString>,
+    /// The deployment's variables. They are handed over here and nowhere else: an argument or a file can be read by others.
+    pub(super) variables: &'a BTreeMap<String, String>,
+    /// The working directory.
+    pub(super) directory: &'a Path,
+    /// What standard input holds.
+    pub(super) input: Vec<u8>,
+    /// Where standard output goes.
+    pub(super) output: Output,
+    /// How long it may take.
+    pub(super) timeout: Duration,
 }
 
-impl Process<'_> {
-    /// The version of the Compose plugin, checked.
-    pub(super) async fn compose_version(&self) -> Result<String, EngineError> {
-        let output = self
-            .run(
-                &["compose", "version", "--format", "json"],
-                &[],
-                None,
-                SHORT,
-            )
-            .await?;
-        if !output.is_success {
-            return Err(EngineError::Unavailable(format!(
-                "`{} compose` does not work ({}); install the Docker Compose plugin, 2.8 or later",
-                self.program.display(),
-                last_line(&output.stderr)
-            )));
+/// Where standard output goes.
+pub(super) enum Output {
+    /// Into memory, bounded.
+    Capture,
+    /// Into a file that stays open as long as any process of the run lives.
+    File(File),
+}
+
+/// A run that came to its end.
+#[derive(Debug)]
+pub(super) struct Finished {
+    /// It exited with 0.
+    pub(super) success: bool,
+    /// How it ended, for people: `exit status: 1`.
+    pub(super) status: String,
+    /// The whole of standard output, empty where it went into a file.
+    pub(super) stdout: Vec<u8>,
+    /// The end of standard error. May hold secrets: redact before it goes anywhere.
+    pub(super) stderr: String,
+}
+
+/// Why a run has no end of its own.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RunError {
+    /// The program does not start.
+    #[error("cannot start `{program}`: {source}")]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A pipe broke.
+    #[error("cannot talk to `docker compose`: {0}")]
+    Pipe(#[from] io::Error),
+    /// It took too long and was ended.
+    #[error("it did not end within {} s and was stopped", .timeout.as_secs())]
+    TimedOut {
+        /// The limit.
+        timeout: Duration,
+        /// The end of standard error.
+        stderr: String,
+    },
+    /// It printed too much.
+    #[error("it printed more than {} MiB", STDOUT_LIMIT / 1024 / 1024)]
+    TooMuch,
+}
+
+impl Plugin {
+    /// Runs the plugin to its end.
+    ///
+    /// # Cancel safety
+    ///
+    /// When the future is dropped, the process group is killed.
+    pub(super) async fn run(&self, run: Run<'_>) -> Result<Finished, RunError> {
+        let Run {
+            arguments,
+            variables,
+            directory,
+            input,
+            output,
+            timeout,
+        } = run;
+        let mut command = self.command(&arguments, variables);
+        command
+            .current_dir(directory)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped());
+        match output {
+            Output::Capture => command.stdout(Stdio::piped()),
+            Output::File(file) => command.stdout(file),
+        };
+        let child = command.spawn().map_err(|source| RunError::Start {
+            program: self.program.clone(),
+            source,
+        })?;
+        // The command holds the file behind standard output open, too.
+        drop(command);
+        let mut group = Group::new(child);
+        let mut stdin = group.child.stdin.take();
+        let stdout = group.child.stdout.take();
+        let stderr = group.child.stderr.take();
+
+        let mut tail = Tail::default();
+        let outcome = {
+            let talk = async {
+                let write = async move {
+                    if let Some(mut stdin) = stdin.take() {
+                        match stdin.write_all(&input).await {
+                            // A program that ends early says why on standard error.
+                            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                                return Err(RunError::Pipe(error));
+                            }
+                            _ => {}
+                        }
+                    }
+                    Ok(())
+                };
+                let (written, stdout, stderr) =
+                    tokio::join!(write, capture(stdout), tail.follow(stderr));
+                written?;
+                stderr?;
+                let stdout = stdout?;
+                let status = group.child.wait().await?;
+                Ok::<_, RunError>((status, stdout))
+            };
+            tokio::time::timeout(timeout, talk).await
+        };
+        match outcome {
+            Ok(Ok((status, stdout))) => {
+                group.ended();
+                Ok(Finished {
+                    success: status.success(),
+                    status: status.to_string(),
+                    stdout,
+                    stderr: tail.into_text(),
+                })
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => {
+                group.stop().await;
+                Err(RunError::TimedOut {
+                    timeout,
+                    stderr: tail.into_text(),
+                })
+            }
         }
-        let text = String::from_utf8_lossy(&output.stdout);
-        let version = serde_json::from_str::<serde_json::Value>(&text)
-            .ok()
-            .and_then(|value| {
-                value
-                    .get("version")
-                    .and_then(|version| version.as_str())
-                    .map(str::to_owned)
-            })
-            .unwrap_or_else(|| text.trim().to_owned());
-        check_version(&version)?;
-        Ok(version)
     }
 
-    /// The project as the plugin resolves it, as JSON.
-    pub(super) async fn config(
-        &self,
-        deployment: &Deployment,
-    ) -> Result<serde_json::Value, EngineError> {
-        let directory = &deployment.directory;
-        let first = deployment.config.entry.first().map_or("", String::as_str);
-        let project_directory = directory.join(first);
-        let project_directory = project_directory.parent().unwrap_or(directory);
-        let mut arguments = vec![
-            "compose".to_owned(),
-            "-p".to_owned(),
-            deployment.target.project.clone(),
-            "--project-directory".to_owned(),
-            project_directory.display().to_string(),
-        ];
-        for entry in &deployment.config.entry {
-            arguments.push("-f".to_owned());
-            arguments.push(directory.join(entry).display().to_string());
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an engine is where processes are started"
+    )]
+    fn command(&self, arguments: &[OsString], variables: &BTreeMap<String, String>) -> Command {
+        let mut command = Command::new(&self.program);
+        if !self.is_plugin() {
+            command.arg("compose");
         }
-        for profile in &deployment.target.profiles {
-            arguments.push("--profile".to_owned());
-            arguments.push(profile.clone());
-        }
-        arguments.extend(["config", "--format", "json"].map(str::to_owned));
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let variables: Vec<(&str, &str)> = deployment
-            .variables
-            .iter()
-            .map(|(name, value)| (name.as_str(), value.as_str()))
-            .collect();
-        let output = self.run(&arguments, &variables, None, SHORT).await?;
-        if !output.is_success {
-            let problem = redact(&tail(&output.stderr), deployment.variables.values());
-            return Err(if problem.contains("annot connect to the Docker daemon") {
-                EngineError::Unavailable(problem)
-            } else {
-                EngineError::Rejected(format!("Compose refuses the release: {problem}"))
-            });
-        }
-        serde_json::from_slice(&output.stdout)
-            .map_err(|error| EngineError::Unavailable(format!("Compose wrote no JSON: {error}")))
-    }
-
-    /// Brings the model up. The model goes through standard input alone.
-    pub(super) async fn up(
-        &self,
-        deployment: &Deployment,
-        model: &Model,
-        limit: Duration,
-    ) -> Result<Vec<String>, EngineError> {
-        let directory = deployment.state.join("engine/project");
-        super::content::make_directory(&directory)?;
-        let directory = directory.display().to_string();
-        let arguments = [
-            "compose",
-            "--ansi",
-            "never",
-            "-p",
-            &deployment.target.project,
-            "--project-directory",
-            &directory,
-            "-f",
-            "-",
-            "up",
-            "-d",
-            "--no-build",
-            "--pull",
-            "never",
-        ];
-        let document = serde_json::to_vec(&model.document)
-            .map_err(|error| EngineError::Unavailable(error.to_string()))?;
-        let output = self.run(&arguments, &[], Some(document), limit).await?;
-        let said = model.redact(&tail(&output.stderr));
-        if output.is_success {
-            return Ok(Vec::new());
-        }
-        Err(if said.contains("annot connect to the Docker daemon") {
-            EngineError::Unavailable(said)
-        } else {
-            EngineError::Failed(format!("Compose could not bring the release up: {said}"))
-        })
-    }
-
-    async fn run(
-        &self,
-        arguments: &[&str],
-        variables: &[(&str, &str)],
-        input: Option<Vec<u8>>,
-        limit: Duration,
-    ) -> Result<Output, EngineError> {
-        #[expect(clippy::disallowed_methods, reason = "engines start processes")]
-        let mut command = tokio::process::Command::new(self.program);
         command
             .args(arguments)
             .env_clear()
             .process_group(0)
             .kill_on_drop(true);
-        // What the program itself needs to find its plugins and its engine; nothing else leaks in.
-        for name in [
-            "PATH",
-            "HOME",
-            "DOCKER_CONFIG",
-            "DOCKER_CERT_PATH",
-            "DOCKER_TLS_VERIFY",
-            "XDG_RUNTIME_DIR",
-        ] {
-            if let Some(value) = std::env::var_os(name) {
-                command.env(name, value);
+        for (name, value) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            // A context would override the host; everything else named `DOCKER_*` is how the administrator set the client up.
+            if text == "PATH"
+                || text == "HOME"
+                || text.starts_with("DOCKER_") && text != "DOCKER_CONTEXT"
+            {
+                command.env(&name, value);
             }
         }
-        command.envs(variables.iter().copied());
-        if let Some(host) = self.docker_host {
-            command.env("DOCKER_HOST", host);
-        }
+        command.envs(variables);
+        command.env("DOCKER_HOST", &self.host);
         // Nothing that was not verified is fetched.
-        command.env("COMPOSE_EXPERIMENTAL_GIT_REMOTE", "false");
-        command.env("COMPOSE_EXPERIMENTAL_OCI_REMOTE", "false");
-        command.stdin(if input.is_some() {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        });
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| {
-            EngineError::Unavailable(format!(
-                "cannot start `{}` ({error}); install the Docker command line with its Compose plugin",
-                self.program.display()
-            ))
-        })?;
-        let group = child
-            .id()
-            .and_then(|id| i32::try_from(id).ok())
-            .and_then(Pid::from_raw);
-        let guard = Group(group);
-        let mut stdin = child.stdin.take();
-        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-        let work = async {
-            let feed = async {
-                if let (Some(stdin), Some(input)) = (&mut stdin, &input) {
-                    // A program that ends without reading says why on its own.
-                    let _ = stdin.write_all(input).await;
-                }
-                drop(stdin.take());
-            };
-            let ((), stdout, stderr) = tokio::join!(feed, read(stdout), read(stderr));
-            (child.wait().await, stdout, stderr)
-        };
-        let Ok((status, stdout, stderr)) = tokio::time::timeout(limit, work).await else {
-            drop(guard);
-            return Err(EngineError::Failed(format!(
-                "`docker {}` did not end within {}s and was stopped",
-                arguments.first().copied().unwrap_or_default(),
-                limit.as_secs()
-            )));
-        };
-        guard.disarm();
-        let status = status.map_err(|error| {
-            EngineError::Unavailable(format!("cannot wait for `docker`: {error}"))
-        })?;
-        Ok(Output {
-            is_success: status.success(),
-            stdout,
-            stderr: String::from_utf8_lossy(&stderr).into_owned(),
-        })
+        command
+            .env("COMPOSE_EXPERIMENTAL_GIT_REMOTE", "false")
+            .env("COMPOSE_EXPERIMENTAL_OCI_REMOTE", "false");
+        command.env("COMPOSE_MENU", "false").env("NO_COLOR", "1");
+        command
+    }
+
+    /// Whether the program is the plugin itself, which takes its commands directly.
+    fn is_plugin(&self) -> bool {
+        self.program
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("docker-compose"))
     }
 }
 
-/// Ends the whole process group when it is dropped before the program ended.
-struct Group(Option<Pid>);
+/// A variable of this name would change how the plugin itself runs, not what it resolves.
+pub(super) fn reserved(name: &str) -> bool {
+    name == "PATH"
+        || name == "HOME"
+        || ["DOCKER_", "COMPOSE_", "LD_"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+        || ["GODEBUG", "GOTRACEBACK", "GOMAXPROCS"].contains(&name)
+}
+
+/// A child with its process group, killed when it is dropped.
+struct Group {
+    child: Child,
+    id: Option<Pid>,
+}
 
 impl Group {
-    fn disarm(mut self) {
-        self.0 = None;
+    fn new(child: Child) -> Self {
+        let id = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
+        Self { child, id }
+    }
+
+    /// The leader was waited for: its number may belong to someone else from now on.
+    fn ended(&mut self) {
+        self.id = None;
+    }
+
+    /// Asks the group to end, and makes it after a while.
+    async fn stop(&mut self) {
+        if let Some(id) = self.id {
+            let _ = kill_process_group(id, Signal::TERM);
+            if tokio::time::timeout(GRACE, self.child.wait()).await.is_ok() {
+                // The leader is gone. What is left of the group is killed; while any member lives, the group's number is not used again.
+                let _ = kill_process_group(id, Signal::KILL);
+                self.id = None;
+            } else {
+                let _ = kill_process_group(id, Signal::KILL);
+                let _ = self.child.wait().await;
+                self.id = None;
+            }
+        }
     }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            let _ = kill_process_group(group, Signal::KILL);
+        if let Some(id) = self.id {
+            let _ = kill_process_group(id, Signal::KILL);
         }
     }
 }
 
-/// Reads to the end and keeps a bounded part.
-async fn read(stream: Option<impl AsyncRead + Unpin>) -> Vec<u8> {
-    let mut kept = Vec::new();
-    let Some(mut stream) = stream else {
-        return kept;
-    };
-    let mut buffer = vec![0; 64 * 1024];
-    loop {
-        match stream.read(&mut buffer).await {
-            Ok(0) | Err(_) => return kept,
-            Ok(count) => {
-                let room = MAX_OUTPUT.saturating_sub(kept.len()).min(count);
-                kept.extend_from_slice(buffer.get(..room).unwrap_or_default());
+async fn capture(stream: Option<impl AsyncRead + Unpin>) -> Result<Vec<u8>, RunError> {
+    let mut bytes = Vec::new();
+    if let Some(stream) = stream {
+        stream
+            .take(STDOUT_LIMIT + 1)
+            .read_to_end(&mut bytes)
+            .await?;
+        if bytes.len() as u64 > STDOUT_LIMIT {
+            return Err(RunError::TooMuch);
+        }
+    }
+    Ok(bytes)
+}
+
+/// The end of a stream.
+#[derive(Default)]
+struct Tail {
+    bytes: Vec<u8>,
+}
+
+impl Tail {
+    async fn follow(&mut self, stream: Option<impl AsyncRead + Unpin>) -> Result<(), RunError> {
+        let Some(mut stream) = stream else {
+            return Ok(());
+        };
+        let mut buffer = vec![0; 16 * 1024];
+        loop {
+            let count = stream.read(&mut buffer).await?;
+            if count == 0 {
+                return Ok(());
+            }
+            self.bytes.extend_from_slice(&buffer[..count]);
+            if self.bytes.len() > 2 * STDERR_LIMIT {
+                self.bytes.drain(..self.bytes.len() - STDERR_LIMIT);
             }
         }
     }
-}
 
-/// Refuses what is known not to work. The major version jumps from 2 to 5.
-pub(super) fn check_version(version: &str) -> Result<(), EngineError> {
-    let numbers: Vec<u64> = version
-        .trim_start_matches('v')
-        .split(['.', '-', '+'])
-        .map_while(|part| part.parse().ok())
-        .collect();
-    let refuse = |why: &str| {
-        Err(EngineError::Unavailable(format!(
-            "Docker Compose {version} {why}; install 2.8 or later (not 2.30.0)"
-        )))
-    };
-    match numbers.as_slice() {
-        // A build of a developer's own, such as `dev`.
-        [] => Ok(()),
-        [2, 30, 0, ..] => refuse("cannot read a project from standard input"),
-        [major, minor, ..] if (*major, *minor) < (2, 8) => refuse("is too old"),
-        [major] if *major < 2 => refuse("is too old"),
-        _ => Ok(()),
+    fn into_text(self) -> String {
+        let from = self.bytes.len().saturating_sub(STDERR_LIMIT);
+        String::from_utf8_lossy(&self.bytes[from..]).into_owned()
     }
 }
 
-/// Replaces values that may be secret.
-pub(super) fn redact<'a>(text: &str, secrets: impl Iterator<Item = &'a String>) -> String {
-    let mut text = text.to_owned();
-    let mut secrets: Vec<&String> = secrets.filter(|secret| secret.len() >= 4).collect();
-    // Longer ones first, else a part of one would leave the rest readable.
-    secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
-    for secret in secrets {
-        text = text.replace(secret.as_str(), "***");
-    }
-    text
-}
+/// A resolved project is a few KiB.
+const STDOUT_LIMIT: u64 = 32 * 1024 * 1024;
+const STDERR_LIMIT: usize = 64 * 1024;
+/// Compose stops what it has begun when it is asked to.
+const GRACE: Duration = Duration::from_secs(10);
 
-/// The last lines of what a program said.
-fn tail(text: &str) -> String {
-    let lines: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    let start = lines.len().saturating_sub(6);
-    lines
-        .get(start..)
-        .unwrap_or_default()
-        .join(" | ")
-        .chars()
-        .take(2000)
-        .collect()
-}
-
-fn last_line(text: &str) -> &str {
-    text.lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("no message")
-        .trim()
-}
-
-const MAX_OUTPUT: usize = 16 * 1024 * 1024;
-const SHORT: Duration = Duration::from_mins(1);
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,188 +1,219 @@
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
-use serde_json::{Value, json};
+use oci::Platform;
 
-use super::model::{self, Model};
-use super::process::{check_version, redact};
-use super::*;
-use crate::release::{EngineKind, ImagePin, ReleaseConfig};
+use super::platform::{parse_platform, platform_refusal, runs_on};
+use super::process::Finished;
+use super::redact::Redactor;
+use super::resolve::{config_error, unset_variables};
+use super::rewrite::tests::{deployment, wanted};
+use super::state::{Paths, lock_file, sweep};
+use super::{ComposeEngine, ComposeOptions, SHORT};
+use crate::engine::{Engine, EngineError};
+use crate::release::Variable;
 
-const IMAGE: &str = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
-
-/// A deployment below a temporary directory: release files, state, data.
-fn deployment(root: &std::path::Path) -> Deployment {
-    let directory = root.join("state/releases/sha256-1");
-    std::fs::create_dir_all(&directory).unwrap();
-    std::fs::write(directory.join("greeting.txt"), "hello").unwrap();
-    let yaml = "version: 1\ntargets:\n  - {name: shop, reference: \"r.example/shop:p\", release: shop, engine: compose, trust: none}\n";
-    let target = crate::agent::AgentConfig::parse(yaml, "agent.yaml", root)
-        .unwrap()
-        .targets
-        .remove(0);
-    Deployment {
-        target,
-        digest: IMAGE.parse().unwrap(),
-        config: ReleaseConfig {
-            schema_version: 1,
-            name: "shop".into(),
-            version: None,
-            engine: EngineKind::Compose,
-            entry: vec!["compose.yaml".into()],
-            variables: Vec::new(),
-            images: vec![ImagePin {
-                service: "web".into(),
-                reference: "r.example/web:1".into(),
-                digest: IMAGE.parse().unwrap(),
-                media_type: oci::media_type::OCI_MANIFEST.into(),
-                platforms: Vec::new(),
-            }],
-        },
-        directory,
-        state: root.join("state"),
-        data: root.join("data"),
-        variables: BTreeMap::from([("TOKEN".to_owned(), "very-secret".to_owned())]),
-    }
-}
-
-fn document(deployment: &Deployment) -> Value {
-    json!({
-        "name": "other",
-        "services": {"web": {
-            "image": "r.example/web:1",
-            "build": {"context": "/x"},
-            "environment": {"A": "1", "PRICE": "5$$"},
-            "volumes": [
-                {"type": "bind", "source": deployment.directory.join("greeting.txt"), "target": "/g"},
-                {"type": "volume", "source": "db", "target": "/db"},
-            ],
-        }},
-        "volumes": {"db": {"name": "shop_db"}},
+/// An engine whose plugin is a script, and whose Docker Engine does not answer.
+fn engine(directory: &Path, script: &str) -> ComposeEngine {
+    let program = super::process::tests::script(directory, script);
+    ComposeEngine::new(ComposeOptions {
+        docker_host: Some(format!("unix://{}", directory.join("none.sock").display())),
+        docker: program,
+        ..ComposeOptions::default()
     })
 }
 
-fn rewrite(document: Value, deployment: &Deployment) -> Model {
-    model::rewrite(document, deployment).unwrap()
+fn platform(text: &str) -> Platform {
+    parse_platform(text)
 }
 
-fn refusal(document: Value, deployment: &Deployment) -> String {
-    match model::rewrite(document, deployment) {
-        Err(EngineError::Rejected(message)) => message,
-        other => panic!("{other:?}"),
+#[tokio::test]
+async fn an_engine_that_does_not_answer_is_unavailable_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = engine(dir.path(), "exit 1").check().await.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::Unavailable(message) if message.contains("none.sock") && message.contains("start it")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn plugins_that_are_old_broken_or_missing_are_refused_with_what_to_install() {
+    for (script, expected) in [
+        (
+            r#"[ "$2" = --short ] && echo 1.29.2 || exit 1"#,
+            "1.29.2 is too old",
+        ),
+        (r#"echo '{"version":"2.7.0"}'"#, "2.7.0 is too old"),
+        (r#"echo '{"version":"v2.30.0"}'"#, "2.30.1 or later"),
+        (
+            "echo \"unknown flag: --format\" >&2; exit 125",
+            "does not answer",
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let deployment = deployment(dir.path());
+        let error = engine(dir.path(), script)
+            .plan(&deployment)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&error, EngineError::Unavailable(message) if message.contains(expected) && message.contains("docker-compose-plugin")),
+            "{error}"
+        );
     }
+    let dir = tempfile::tempdir().unwrap();
+    let missing = ComposeEngine::new(ComposeOptions {
+        docker: "/nowhere/docker".into(),
+        ..ComposeOptions::default()
+    });
+    let error = missing.plan(&deployment(dir.path())).await.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::Unavailable(message) if message.contains("/nowhere/docker") && message.contains("docker-compose-plugin")),
+        "{error}"
+    );
 }
 
-#[test]
-fn images_become_digests_and_files_become_content() {
-    let root = tempfile::tempdir().unwrap();
-    let deployment = deployment(root.path());
-    let model = rewrite(document(&deployment), &deployment);
-    let web = &model.document["services"]["web"];
-    assert_eq!(web["image"], json!(format!("r.example/web@{IMAGE}")));
-    assert_eq!(web.get("build"), None);
-    assert_eq!(model.document["name"], "shop");
-    assert_eq!(web["environment"]["PRICE"], "5$$");
-    assert_eq!(web["volumes"][0]["read_only"], true);
-    let source = PathBuf::from(web["volumes"][0]["source"].as_str().unwrap());
-    assert!(source.starts_with(deployment.state.join("engine/content")));
-    model.keep(&deployment).unwrap();
-    assert_eq!(std::fs::read_to_string(source).unwrap(), "hello");
-}
-
-#[test]
-fn only_what_changed_changes_the_hash() {
-    let root = tempfile::tempdir().unwrap();
-    let mut deployment = deployment(root.path());
-    let before = rewrite(document(&deployment), &deployment);
-    // Another directory with the same bytes is the same service.
-    let moved = deployment.state.join("releases/sha256-2");
-    std::fs::create_dir_all(&moved).unwrap();
-    std::fs::write(moved.join("greeting.txt"), "hello").unwrap();
-    deployment.directory.clone_from(&moved);
-    let same = rewrite(document(&deployment), &deployment);
-    assert_eq!(before.services["web"].hash, same.services["web"].hash);
-    std::fs::write(moved.join("greeting.txt"), "bye").unwrap();
-    let other = rewrite(document(&deployment), &deployment);
-    assert_ne!(before.services["web"].hash, other.services["web"].hash);
-    let labels: HashMap<String, String> =
-        serde_json::from_value(before.document["services"]["web"]["labels"].clone()).unwrap();
-    assert_eq!(
-        other.services["web"].difference(Some(&labels)),
-        "changed: mount /g"
+#[tokio::test]
+async fn variables_are_checked_before_anything_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = engine(dir.path(), "touch ran; exit 1");
+    let mut reserved = deployment(dir.path());
+    reserved
+        .variables
+        .insert("DOCKER_HOST".to_owned(), "tcp://elsewhere".to_owned());
+    assert!(
+        matches!(engine.plan(&reserved).await, Err(EngineError::Rejected(message)) if message.contains("DOCKER_HOST"))
+    );
+    let mut open = deployment(dir.path());
+    open.config.variables.push(Variable {
+        name: "TAG".to_owned(),
+        default: None,
+        required: true,
+    });
+    assert!(
+        matches!(engine.plan(&open).await, Err(EngineError::Rejected(message)) if message.contains("`TAG`"))
     );
 }
 
 #[test]
-fn what_cannot_be_meant_is_refused_with_a_way_out() {
-    let root = tempfile::tempdir().unwrap();
-    let deployment = deployment(root.path());
-    let mut missing = document(&deployment);
-    missing["services"]["web"]["volumes"][0]["source"] = json!(deployment.directory.join("data"));
-    assert!(refusal(missing, &deployment).contains("LONGSHORE_DATA"));
-    let mut escaping = document(&deployment);
-    escaping["services"]["web"]["volumes"][0]["source"] =
-        json!(deployment.state.join("state.json"));
-    assert!(refusal(escaping, &deployment).contains("leaves the release"));
-    let mut other = document(&deployment);
-    other["services"]["web"]["image"] = json!("r.example/web:2");
-    assert!(refusal(other, &deployment).contains("pinned"));
-    let mut unpinned = document(&deployment);
-    unpinned["services"]["db"] = json!({"image": "r.example/db:1"});
-    assert!(refusal(unpinned, &deployment).contains("not pinned"));
+fn errors_of_the_plugin_are_sorted_and_redacted() {
+    let dir = tempfile::tempdir().unwrap();
+    let deployment = deployment(dir.path());
+    let redactor = Redactor::new(["hunter2"]);
+    let judge = |stderr: &str| {
+        let finished = Finished {
+            success: false,
+            status: "exit status: 15".to_owned(),
+            stdout: Vec::new(),
+            stderr: stderr.to_owned(),
+        };
+        config_error(&deployment, &redactor, &finished)
+    };
+    let stderr = format!(
+        "parsing {}/compose.yaml: yaml: line 3: found hunter2",
+        deployment.directory.display()
+    );
+    assert_eq!(judge(&stderr), EngineError::Rejected("Docker Compose does not accept the release: parsing compose.yaml: yaml: line 3: found [redacted]".to_owned()));
+    assert!(
+        judge("required variable TAG is missing a value: set it")
+            .to_string()
+            .contains("target's `variables`")
+    );
+    assert!(matches!(
+        judge("write /tmp/x: no space left on device"),
+        EngineError::Unavailable(_)
+    ));
 }
 
 #[test]
-fn data_of_the_target_is_made_and_left_writable() {
-    let root = tempfile::tempdir().unwrap();
-    let deployment = deployment(root.path());
-    let mut with_data = document(&deployment);
-    let data = deployment.data.join("files");
-    with_data["services"]["web"]["volumes"][0]["source"] = json!(data);
-    let model = rewrite(with_data, &deployment);
-    assert!(data.is_dir());
+fn warnings_of_unset_variables_are_read() {
+    let stderr = "time=\"2026\" level=warning msg=\"The \\\"TAG\\\" variable is not set. Defaulting to a blank string.\"\nother\nThe \"A\" variable is not set.";
+    assert_eq!(unset_variables(stderr), ["A", "TAG"]);
+}
+
+#[test]
+fn platforms_are_matched_and_a_refusal_lists_what_exists() {
+    assert!(runs_on(
+        &platform("linux/arm/v6"),
+        &platform("linux/arm/v7")
+    ));
+    assert!(!runs_on(
+        &platform("linux/arm/v7"),
+        &platform("linux/arm/v6")
+    ));
+    assert!(runs_on(
+        &platform("linux/arm64/v8"),
+        &platform("linux/arm64")
+    ));
+    assert!(!runs_on(&platform("linux/386"), &platform("linux/amd64")));
+    assert!(!runs_on(
+        &platform("windows/amd64"),
+        &platform("linux/amd64")
+    ));
+
+    let mut service = wanted("w");
     assert_eq!(
-        model.document["services"]["web"]["volumes"][0].get("read_only"),
+        platform_refusal("web", &service, &platform("linux/amd64")),
         None
     );
-}
-
-#[test]
-fn content_that_no_kept_release_uses_is_removed() {
-    let root = tempfile::tempdir().unwrap();
-    let deployment = deployment(root.path());
-    rewrite(document(&deployment), &deployment)
-        .keep(&deployment)
-        .unwrap();
-    let count = || {
-        std::fs::read_dir(deployment.state.join("engine/content"))
-            .unwrap()
-            .count()
-    };
-    assert_eq!(count(), 1);
-    content::clean(&deployment.state, &[&deployment.digest]).unwrap();
-    assert_eq!(count(), 1);
-    content::clean(&deployment.state, &[]).unwrap();
-    assert_eq!(count(), 0);
-}
-
-#[test]
-fn versions_of_the_plugin() {
-    for good in ["2.8.0", "v2.26.1-4", "2.30.1", "5.0.2", "dev"] {
-        assert!(check_version(good).is_ok(), "{good}");
-    }
-    for bad in ["1.29.2", "v2.7.0", "2.30.0"] {
-        assert!(check_version(bad).is_err(), "{bad}");
-    }
-}
-
-#[test]
-fn secrets_do_not_show() {
-    let root = tempfile::tempdir().unwrap();
-    let deployment = deployment(root.path());
-    let model = rewrite(document(&deployment), &deployment);
-    assert_eq!(
-        model.redact("token very-secret is wrong"),
-        "token *** is wrong"
+    service.platforms = vec![platform("linux/arm64"), platform("linux/arm/v7")];
+    let refusal = platform_refusal("web", &service, &platform("linux/amd64")).unwrap();
+    assert!(
+        refusal.contains("linux/amd64") && refusal.contains("linux/arm64, linux/arm/v7"),
+        "{refusal}"
     );
-    let secrets = ["abcd".to_owned(), "abcdef".to_owned(), "x".to_owned()];
-    assert_eq!(redact("abcdef abcd x", secrets.iter()), "*** *** x");
+    service.platform = Some("arm64".to_owned());
+    assert_eq!(
+        platform_refusal("web", &service, &platform("linux/amd64")),
+        None,
+        "emulation is what the author asked for"
+    );
+}
+
+#[tokio::test]
+async fn a_lock_that_a_run_left_behind_is_respected() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = lock_file(Paths::below(dir.path()), SHORT).await.unwrap();
+    let error = lock_file(Paths::below(dir.path()), Duration::from_millis(1))
+        .await
+        .unwrap_err();
+    assert!(matches!(error, EngineError::Unavailable(message) if message.contains("still runs")));
+    drop(held);
+    lock_file(Paths::below(dir.path()), SHORT).await.unwrap();
+}
+
+#[test]
+fn content_is_swept_unless_a_release_or_a_container_uses_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths::below(dir.path());
+    paths.make().unwrap();
+    let names: Vec<String> = ["a", "b", "c"]
+        .iter()
+        .map(|digit| digit.repeat(64))
+        .collect();
+    for name in &names {
+        fs::create_dir(paths.content.join(name)).unwrap();
+    }
+    fs::write(paths.uses.join("kept"), format!("{}\n", names[0])).unwrap();
+    fs::write(
+        paths.uses.join("dropped"),
+        format!("{}\n{}\n", names[1], names[2]),
+    )
+    .unwrap();
+    let mounted = [
+        paths
+            .content
+            .join(&names[1])
+            .join("deeper")
+            .display()
+            .to_string(),
+        "/elsewhere".to_owned(),
+    ];
+    sweep(&paths, &BTreeSet::from(["kept".to_owned()]), &mounted).unwrap();
+    assert!(paths.content.join(&names[0]).exists() && paths.content.join(&names[1]).exists());
+    assert!(!paths.content.join(&names[2]).exists() && !paths.uses.join("dropped").exists());
+    assert!(paths.uses.join("kept").exists());
 }

@@ -571,3 +571,11 @@ proptest::proptest! {
         analyse(root.path(), &named()).unwrap();
     }
 }
+
+#[test]
+fn an_empty_directory_is_no_release() {
+    check(
+        &[],
+        &["E .:0 there is nothing to release, the directory has no files"],
+    );
+}
