@@ -50,7 +50,7 @@ impl Agent {
             // `-D`: the tracer is a grandchild, so that the child's id is the agent's.
             words.push(tools::tool("strace").display().to_string());
             words.extend(
-                "-D -f -qq -o /dev/null -e signal=none -e trace=fsync,fdatasync -e"
+                "-D -f --seccomp-bpf -qq -o /dev/null -e signal=none -e trace=fsync,fdatasync -e"
                     .split(' ')
                     .map(str::to_owned),
             );

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::attempt::{Ledger, Record};
 use crate::control::{HealthStatus, PlanReport, Refusal, RefusalKind, StepReport, TargetStatus};
-use crate::engine::{Engine, Plan};
+use crate::engine::{BoxFuture, Engine, Plan};
 use crate::machine::{Context, Event, Failure, Phase, State, Step, Trigger};
 use crate::release::FetchedRelease;
 use crate::target::Target;
@@ -541,6 +541,17 @@ impl Runner {
 
     /// Asks what the reference points to. HEAD only: an unchanged digest downloads and writes nothing.
     async fn look_at_reference(&mut self, trigger: Trigger, shutdown: &CancellationToken) {
+        let asked = self.ask();
+        let found = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            found = asked => found,
+        };
+        self.answered(trigger, found);
+    }
+
+    /// Asks what the reference points to; whoever cannot wait for the answer polls it beside other work.
+    fn ask(&mut self) -> BoxFuture<'static, Result<Digest, SourceError>> {
         let up = *self.stream.borrow();
         let pause = if up {
             self.setup.safety_poll
@@ -548,12 +559,11 @@ impl Runner {
             self.setup.poll
         };
         self.next_poll = Instant::now() + jittered(pause, &*self.clock);
-        let reference = self.setup.target.reference.tag_or_digest();
-        let found = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => return,
-            found = self.head(&reference) => found,
-        };
+        let setup = self.setup.clone();
+        Box::pin(async move { head(&setup, &setup.target.reference.tag_or_digest()).await })
+    }
+
+    fn answered(&mut self, trigger: Trigger, found: Result<Digest, SourceError>) {
         match found {
             Ok(digest) => {
                 if self.source_error.take().is_some() {
@@ -595,15 +605,7 @@ impl Runner {
     }
 
     async fn head(&self, reference: &TagOrDigest) -> Result<Digest, SourceError> {
-        let asked = self.setup.source.head(&self.setup.target, reference);
-        match tokio::time::timeout(HEAD_TIMEOUT, asked).await {
-            Ok(answer) => answer,
-            Err(_) => Err(SourceError::Unavailable(format!(
-                "`{}` did not answer within {} s",
-                self.setup.target.reference.host,
-                HEAD_TIMEOUT.as_secs()
-            ))),
-        }
+        head(&self.setup, reference).await
     }
 
     /// Gives the machine an event, and writes down what came of it before anything else happens. Tells whether it could be
@@ -648,6 +650,18 @@ impl Runner {
         self.note_transition(&before, event, &now);
         self.publish();
         true
+    }
+}
+
+async fn head(setup: &Setup, reference: &TagOrDigest) -> Result<Digest, SourceError> {
+    let asked = setup.source.head(&setup.target, reference);
+    match tokio::time::timeout(HEAD_TIMEOUT, asked).await {
+        Ok(answer) => answer,
+        Err(_) => Err(SourceError::Unavailable(format!(
+            "`{}` did not answer within {} s",
+            setup.target.reference.host,
+            HEAD_TIMEOUT.as_secs()
+        ))),
     }
 }
 

@@ -26,6 +26,8 @@ pub(crate) struct World {
     pub(crate) releases: BTreeMap<String, ReleaseConfig>,
     pub(crate) signed: BTreeSet<String>,
     pub(crate) registry_down: bool,
+    /// It takes requests and never answers.
+    pub(crate) registry_silent: bool,
     /// `head`, `fetch`, `evidence`, `extract`, `plan`, `pull`, `apply`, `observe`, in the order of their calls.
     pub(crate) calls: Vec<&'static str>,
     /// What runs.
@@ -201,6 +203,9 @@ impl Source for Fake {
     ) -> BoxFuture<'a, Result<Digest, SourceError>> {
         Box::pin(async move {
             self.called("head").await;
+            if self.world().registry_silent {
+                std::future::pending::<()>().await;
+            }
             let world = self.world();
             if world.registry_down {
                 return Err(SourceError::Unavailable(

@@ -1,8 +1,8 @@
 //! What is deployed, what is left alone, and what is brought back.
 
 use e2e::agent::listening_ports;
+use e2e::engine;
 use e2e::image::Image;
-use e2e::{engine, http};
 use serde_json::Value;
 
 use crate::world::{Settings, World, essence, is_rolled_back, service};
@@ -176,9 +176,11 @@ fn a_container_that_crashes_after_four_seconds_is_rolled_back_and_every_later_st
     assert_eq!(explained["attempt"]["digest"], v1.as_str());
     assert_eq!(explained["attempt"]["outcome"], "good");
     assert_eq!(explained["verdict"]["digest"], v1.as_str());
-    assert_eq!(
-        explained["verdict"]["accepted"].as_array().map(Vec::len),
-        Some(1)
+    // Each form of the one signature counts.
+    let accepted = explained["verdict"]["accepted"].as_array().unwrap();
+    assert!(
+        !accepted.is_empty() && accepted.iter().all(|one| one["label"] == "key.pub"),
+        "{accepted:#?}"
     );
     assert_eq!(explained["rollback"]["digest"], v2.as_str());
     assert_eq!(explained["rollback"]["outcome"], "rolled-back");
@@ -297,7 +299,6 @@ fn what_the_target_does_not_name_is_not_deployed() {
         let other = world.push_to(to, "2", &service(&image), &[]);
         assert_ne!(other, v1);
     }
-    // Pushes go through the proxy as well, so count from here; the events were sent before the pushes were answered.
     let asked = world.proxy().seen().len();
     world.proxy().wait("three polls", |seen| {
         seen[asked..]
@@ -308,7 +309,12 @@ fn what_the_target_does_not_name_is_not_deployed() {
     });
     let blobs = world.proxy().seen()[from..]
         .iter()
-        .filter(|seen| seen.method == "GET" && seen.path.contains("/blobs/"))
+        // The pushes look at the image themselves.
+        .filter(|seen| {
+            seen.method == "GET"
+                && seen.path.contains("/blobs/")
+                && !seen.path.starts_with("/v2/img/")
+        })
         .count();
     assert_eq!(blobs, 0);
     let status = world.agent().status();
@@ -317,9 +323,4 @@ fn what_the_target_does_not_name_is_not_deployed() {
         (&1.into(), &"good".into())
     );
     assert_eq!(status["resolved"], v1.as_str());
-    // A request that nobody answers is an error of this test.
-    assert_eq!(
-        http::get(&format!("{}/healthz", world.server.url())).status(),
-        200
-    );
 }

@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::disk::Kept;
 use super::source::{SourceError, disk_error};
-use super::{LOOK, Runner, RunnerError, durably, refusal, report, timestamp};
+use super::{LOOK, Message, Runner, RunnerError, durably, refusal, report, timestamp};
 use crate::attempt::Record;
 use crate::control::{HealthStatus, PlanReport, Refusal, RefusalKind};
-use crate::engine::{Deployment, Engine, EngineError, Plan, Sample, SampleState};
+use crate::engine::{BoxFuture, Deployment, Engine, EngineError, Plan, Sample, SampleState};
 use crate::machine::{Failure, Step, Trigger};
 use crate::observe::{Judgment, Watch, http, problem, with_http};
 use crate::release::{FetchedRelease, ReleaseConfig};
@@ -388,6 +388,8 @@ impl Runner {
             Err((kind, reason)) => return self.fail(kind, reason),
         };
         let mut watch = Watch::new(&self.setup.target.health);
+        // A registry that does not answer must not keep the watch from looking: it is asked beside it.
+        let mut asked = None;
         loop {
             let look = tokio::select! {
                 biased;
@@ -417,12 +419,17 @@ impl Runner {
                 tokio::select! {
                     biased;
                     () = shutdown.cancelled() => return,
+                    () = tokio::time::sleep_until(next_look) => break,
                     message = self.mailbox.recv() => match message {
+                        // An answer that was asked for before the hint may be older than it.
+                        Some(Message::Hint(trigger)) => asked = Some((trigger, self.ask())),
                         Some(message) => self.receive(message, shutdown).await,
                         None => return shutdown.cancelled().await,
                     },
-                    () = tokio::time::sleep_until(poll) => self.look_at_reference(Trigger::Poll, shutdown).await,
-                    () = tokio::time::sleep_until(next_look) => break,
+                    (trigger, found) = answer(&mut asked) => self.answered(trigger, found),
+                    () = tokio::time::sleep_until(poll), if asked.is_none() => {
+                        asked = Some((Trigger::Poll, self.ask()));
+                    }
                 }
                 if self.state.pending() != Some(step.clone()) || self.blocked {
                     return;
@@ -580,6 +587,18 @@ impl Runner {
         })
     }
 }
+
+/// The answer to what was asked, which is then asked no more; never, when nothing was asked. Cancel-safe.
+async fn answer(asked: &mut Option<Asked>) -> (Trigger, Result<Digest, SourceError>) {
+    let Some((trigger, asking)) = asked else {
+        return std::future::pending().await;
+    };
+    let (trigger, found) = (*trigger, asking.await);
+    *asked = None;
+    (trigger, found)
+}
+
+type Asked = (Trigger, BoxFuture<'static, Result<Digest, SourceError>>);
 
 fn source_failure(error: SourceError) -> (Failure, String) {
     match error {

@@ -119,6 +119,43 @@ async fn an_unhealthy_release_is_rolled_back_with_the_registry_down() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_registry_that_never_answers_does_not_stop_the_watch() {
+    let fake = Fake::default();
+    let state = tempfile::tempdir().unwrap();
+    let v1 = fake.push("v1");
+    run_until(&fake, state.path(), is("good")).await;
+    let v2 = fake.push("v2");
+    fake.world().crash_looping.insert(v2.to_string());
+    let Started {
+        mut handle,
+        _stream,
+        mut runner,
+    } = open_with(&fake, state.path(), target());
+    // Less than a registry may take to answer, so that it is always time for the next poll.
+    runner.setup.poll = Duration::from_secs(1);
+    let work = runner.run(CancellationToken::new());
+    let watching = async {
+        let mut until = async |state: &str| {
+            handle
+                .status
+                .wait_for(|status| status.state == state)
+                .await
+                .unwrap()
+                .clone()
+        };
+        until("observing").await;
+        fake.world().registry_silent = true;
+        until("rolled-back").await
+    };
+    tokio::select! {
+        () = work => unreachable!("nobody stopped it"),
+        status = tokio::time::timeout(Duration::from_hours(1), watching) => {
+            assert_eq!(status.expect("it is judged in time").running.unwrap().digest, v1);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_crash_loop_without_a_health_check_is_not_good() {
     let fake = Fake::default();
     let state = tempfile::tempdir().unwrap();
