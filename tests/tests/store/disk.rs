@@ -229,13 +229,12 @@ impl Drop for Tracer {
 fn thread_of(pid: u32, name: &str) -> u32 {
     std::fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
-        .filter_map(|entry| {
+        .find_map(|entry| {
             let entry = entry.unwrap();
             let comm = std::fs::read_to_string(entry.path().join("comm")).ok()?;
             comm.starts_with(name)
                 .then(|| entry.file_name().to_str()?.parse().ok())?
         })
-        .next()
         .unwrap_or_else(|| panic!("no thread `{name}`"))
 }
 

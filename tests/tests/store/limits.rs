@@ -272,6 +272,63 @@ fn manifests_that_are_deep_wide_or_long_are_refused_or_kept_whole() {
 }
 
 #[test]
+fn long_annotations_and_types_do_not_fill_the_memory_of_listings() {
+    let mut server = server("");
+    let config = image::push_blob(server.url(), "deep/app", b"{}");
+    let config = image::descriptor("application/vnd.example", &config, 2);
+    let subject = image::descriptor(image::MANIFEST, &digest(b"subject"), 7);
+    let long = "x".repeat(3_500_000);
+    for (media_type, artifact_type) in [(long.as_str(), "a/b"), (image::MANIFEST, long.as_str())] {
+        let body = json!({
+            "schemaVersion": 2, "mediaType": media_type, "config": config, "layers": [],
+            "artifactType": artifact_type,
+        });
+        let answer = put(&server, "long", "", body.to_string().as_bytes());
+        refused(&answer, 400, "MANIFEST_INVALID", "longer than");
+    }
+    let before = memory(&server, "VmHWM");
+    let mut pushed = Vec::new();
+    for number in 0..40 {
+        let body = json!({
+            "schemaVersion": 2, "mediaType": image::MANIFEST, "config": config, "layers": [],
+            "subject": subject, "annotations": {"long": long, "number": number.to_string()},
+        })
+        .to_string();
+        let wanted = digest(body.as_bytes());
+        assert_eq!(
+            put(&server, &wanted, image::MANIFEST, body.as_bytes()).status(),
+            201
+        );
+        pushed.push(wanted);
+    }
+    let mut next = Some(format!("/v2/deep/app/referrers/{}", digest(b"subject")));
+    let mut listed = Vec::new();
+    while let Some(path) = next.filter(|_| listed.len() < 2) {
+        let answer = server.get(&path);
+        assert_eq!(answer.status(), 200);
+        assert!(
+            answer.body.len() < 4 << 20,
+            "a page of {}",
+            answer.body.len()
+        );
+        for entry in answer.json()["manifests"].as_array().unwrap() {
+            listed.push(entry["digest"].as_str().unwrap().to_owned());
+        }
+        next = answer.header("link").map(|link| {
+            let end = link.find('>').unwrap();
+            link[1..end].to_owned()
+        });
+    }
+    assert_eq!(listed, pushed[..2]);
+    let after = memory(&server, "VmHWM");
+    eprintln!("40 long referrers: {before} KiB before, {after} KiB after");
+    assert!(after < before + MEMORY / 2);
+    healthy(&mut server);
+    server.stop();
+    verify(server.data());
+}
+
+#[test]
 fn huge_heads_are_refused() {
     let mut server = server("");
     let long = "x".repeat(64 * 1024);
@@ -293,7 +350,8 @@ fn huge_heads_are_refused() {
         "GET /v2/ HTTP/1.1\r\nHost: localhost\r\n{}",
         (0..160)
             .map(|n| format!("X-{n}: {long}\r\n"))
-            .collect::<String>()
+            .collect::<Vec<_>>()
+            .concat()
     ));
     for head in heads {
         let mut stream = TcpStream::connect(server.host()).unwrap();

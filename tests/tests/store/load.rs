@@ -54,7 +54,7 @@ impl Pusher<'_> {
             1 => format!("{base}/uploads/?mount={wanted}&from={}", REPOSITORIES[0]),
             _ => format!("{base}/uploads/"),
         };
-        let body = if way % 4 == 0 { bytes } else { &[] };
+        let body = if way.is_multiple_of(4) { bytes } else { &[] };
         let answer = self.ask("POST", &target, &[], body);
         if answer.status() == 201 {
             return wanted;
@@ -62,7 +62,7 @@ impl Pusher<'_> {
         assert_eq!(answer.status(), 202, "{}", answer.text());
         let upload = answer.header("location").unwrap().to_owned();
         let half = bytes.len() / 2;
-        let done = if way % 2 == 0 && half > 0 {
+        let done = if way.is_multiple_of(2) && half > 0 {
             let answer = self.ask("PATCH", &upload, &[], &bytes[..half]);
             assert_eq!(answer.status(), 202, "{}", answer.text());
             self.ask(

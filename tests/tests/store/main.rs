@@ -2,10 +2,15 @@
 //! requests. After each the same three things must hold: what was acknowledged reads back and re-hashes,
 //! `verify-store` is clean, and a refusal says what to do.
 
+#[cfg(test)]
 mod disk;
+#[cfg(test)]
 mod limits;
+#[cfg(test)]
 mod load;
+#[cfg(test)]
 mod race;
+#[cfg(test)]
 mod refusal;
 
 use std::path::Path;
@@ -16,7 +21,7 @@ use e2e::server::Options;
 use e2e::{Run, Server, digest, http, tools};
 
 /// How long an event that must come may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A server with this configuration after `version: 1`.
 fn server(config: &str) -> Server {
@@ -124,7 +129,8 @@ fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
 
 /// A field of `/proc/PID/status` in KiB.
 fn memory(server: &Server, field: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let text = std::fs::read_to_string(format!("/proc/{}/status", server.pid()))
+        .expect("a running server has a status");
     text.lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
         .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
@@ -142,5 +148,5 @@ fn healthy(server: &mut Server) {
 
 /// A connection to a server.
 fn connect(server: &Server) -> http::Connection {
-    http::Connection::open(server.url()).unwrap()
+    http::Connection::open(server.url()).expect("the server takes connections")
 }

@@ -97,9 +97,9 @@ fn of_two_chunks_at_one_offset_one_is_taken() {
 #[test]
 fn a_chunk_that_breaks_off_races_with_its_own_continuation() {
     let mut server = Server::start();
-    for round in 0..30 {
-        let whole = noise(round + 1000, 3 << 20);
-        let cut = 2 + (round as usize * 97_001) % whole.len();
+    for round in 0..30u32 {
+        let whole = noise(u64::from(round) + 1000, 3 << 20);
+        let cut = 2 + (usize::try_from(round).unwrap() * 97_001) % whole.len();
         let upload = open_upload(&server, "race/cut");
         let mut broken = connect(&server);
         let all = range(0, whole.len());

@@ -156,7 +156,7 @@ fn entry_files(tree: &Tree, options: &PackOptions, findings: &mut Vec<Finding>) 
 
 fn credentials(tree: &Tree, findings: &mut Vec<Finding>) -> Result<(), ReleaseError> {
     for (name, kind) in &tree.entries {
-        let super::tree::Kind::File { size, .. } = kind else {
+        let Kind::File { size, .. } = kind else {
             continue;
         };
         if *size > MAX_SCAN {

@@ -98,6 +98,7 @@ pub(crate) async fn put(
         None => Digest::sha256(&body),
     };
     let view = oci::Manifest::parse(&body, &content_type)?;
+    check_types(&view)?;
     let mut writes = Vec::with_capacity(tags.len());
     for tag in &tags {
         writes.push(TagWrite {
@@ -171,6 +172,22 @@ pub(crate) async fn delete(
     Ok(response)
 }
 
+/// Types stand in headers, events and listings, where they must not be as long as a manifest may be.
+fn check_types(view: &oci::Manifest) -> Result<(), Refusal> {
+    let kinds = [Some(view.media_type.as_str()), view.listed_artifact_type()];
+    if kinds
+        .into_iter()
+        .flatten()
+        .any(|kind| kind.len() > MAX_TYPE)
+    {
+        return Err(Refusal::bad_request(
+            "MANIFEST_INVALID",
+            format!("a media type or artifact type is longer than {MAX_TYPE} bytes"),
+        ));
+    }
+    Ok(())
+}
+
 /// The `tag` parameters of a PUT by digest, each once.
 fn tag_parameters(call: &Call, limit: usize) -> Result<Vec<Tag>, Refusal> {
     let query = call.query()?;
@@ -227,5 +244,8 @@ fn warnings(view: &oci::Manifest) -> Vec<&'static str> {
     warnings
 }
 
+/// Two names of 127 and a slash ([RFC 6838 § 4.2](https://www.rfc-editor.org/rfc/rfc6838#section-4.2)), with room
+/// for parameters.
+const MAX_TYPE: usize = 1024;
 const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 const OCI_TAG: HeaderName = HeaderName::from_static("oci-tag");

@@ -29,24 +29,31 @@ pub(crate) async fn list(
     let after = query
         .number("after")?
         .map(|n| i64::try_from(n).unwrap_or(i64::MAX));
-    let found = call
-        .context
-        .store
-        .referrers(name, subject, artifact_type, after, limit + 1)
-        .await?;
-    let mut more = found.len() > limit;
+    let mut more = false;
     let mut manifests: Vec<Descriptor> = Vec::new();
-    let mut cursor = None;
+    let mut cursor = after;
     let mut bytes = 0;
-    for referrer in found.into_iter().take(limit) {
-        // Annotations can be long; the page stays below what clients read of an index.
-        bytes += weight(&referrer.descriptor);
-        if bytes > PAGE_BYTES && !manifests.is_empty() {
-            more = true;
+    // Annotations can be as long as a manifest, so that few are fetched at once.
+    'page: loop {
+        let found = call
+            .context
+            .store
+            .referrers(name, subject, artifact_type, cursor, PIECE)
+            .await?;
+        let last = found.len() < PIECE;
+        for referrer in found {
+            // The page stays below what clients read of an index.
+            bytes += weight(&referrer.descriptor);
+            if manifests.len() == limit || (bytes > PAGE_BYTES && !manifests.is_empty()) {
+                more = true;
+                break 'page;
+            }
+            cursor = Some(referrer.cursor);
+            manifests.push(referrer.descriptor);
+        }
+        if last {
             break;
         }
-        cursor = Some(referrer.cursor);
-        manifests.push(referrer.descriptor);
     }
     let mut response = json_response(
         StatusCode::OK,
@@ -83,5 +90,7 @@ fn weight(descriptor: &Descriptor) -> usize {
 }
 
 const PAGE: usize = 500;
+/// Referrers that are fetched at once.
+const PIECE: usize = 16;
 const PAGE_BYTES: usize = 3 * 1024 * 1024;
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
