@@ -122,7 +122,7 @@ fn a_missing_image_leaves_the_old_containers_untouched() {
     );
     let reason = world.wait_refused(&v2);
     assert!(
-        reason.contains("cannot pull") && reason.contains("img"),
+        reason.contains("registry does not have") && reason.contains("img"),
         "{reason}"
     );
     assert_eq!(world.ids(), before);

@@ -44,7 +44,7 @@ impl Engine {
     pub(super) async fn connect(host: &str) -> Result<Self, EngineError> {
         let unreachable = |error: Error| {
             EngineError::Unavailable(format!(
-                "no Docker Engine answers at `{host}` ({error}); start it, or give this user access to its socket, or set `docker_host`"
+                "no Docker Engine answers at `{host}` ({error}); start it, or give this user access to its socket, or set `DOCKER_HOST`"
             ))
         };
         let docker = Docker::connect_with_host(host).map_err(unreachable)?;
@@ -335,7 +335,7 @@ fn holds(found: &ImageInspect, image: &Reference) -> bool {
         })
 }
 
-/// Sorts a failed pull: what the registry does not have stays missing, everything else may pass.
+/// Sorts a failed pull: a platform that is missing stays missing, everything else may pass.
 fn pull_error(image: &Reference, error: &Error) -> EngineError {
     let message = match error {
         Error::DockerResponseServerError { message, .. } => message.clone(),
@@ -389,8 +389,9 @@ fn pull_error(image: &Reference, error: &Error) -> EngineError {
         .iter()
         .any(|word| lower.contains(word));
     if missing && !lookup {
-        return EngineError::Rejected(format!(
-            "the registry does not have `{image}` ({message}); push the image, then the release again"
+        // The release is right: pushed (again), the image makes it run without another release.
+        return EngineError::Unavailable(format!(
+            "the registry does not have `{image}` ({message}); push the image, the agent tries again by itself"
         ));
     }
     EngineError::Unavailable(format!("cannot pull `{image}`: {message}"))
