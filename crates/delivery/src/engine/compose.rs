@@ -1,8 +1,8 @@
 //! The Docker Compose engine.
 //!
 //! The plugin knows what a Compose file means and brings it about; everything that decides is ours. The plugin *resolves* the release's files
-//! (`config`), we pin the result to digests and content ([`rewrite`]), plan by comparing definition hashes with the labels of the containers
-//! that exist ([`planning`]), pull images by digest through the Engine API before anything is touched, hand the result to `up` on standard input,
+//! (`config`), we pin the result to digests and content (`rewrite`), plan by comparing definition hashes with the labels of the containers
+//! that exist (`planning`), pull images by digest through the Engine API before anything is touched, hand the result to `up` on standard input,
 //! and look at what runs through the Engine API.
 //!
 //! Three things follow from that. The truth is what runs: a kill at any point leaves nothing to repair but the difference that the next plan shows.
