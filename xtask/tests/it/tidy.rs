@@ -40,6 +40,25 @@ fn manifests_are_tidy() {
 }
 
 #[test]
+fn cargo_run_without_a_name_means_the_program() {
+    // The README's first command is `cargo run --release -- demo`.
+    let readme = fs::read_to_string(super::root().join("README.md")).unwrap();
+    assert!(readme.contains("cargo run --release -- demo"));
+    let output = std::process::Command::new(env!("CARGO"))
+        .current_dir(super::root())
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .output()
+        .unwrap();
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let default = metadata["workspace_default_members"].as_array().unwrap();
+    assert_eq!(default.len(), 1, "{default:?}");
+    assert!(
+        default[0].as_str().unwrap().contains("longshore"),
+        "{default:?}"
+    );
+}
+
+#[test]
 fn the_documents_are_there() {
     for name in [
         "ARCHITECTURE.md",
