@@ -42,7 +42,8 @@ statements! {
     TOTALS = "SELECT COUNT(*) AS blobs, CAST(COALESCE(SUM(size), 0) AS BIGINT) AS bytes FROM blob";
 }
 
-/// HEAD of a blob: one query, and with `renew` rarely a transaction (`I7`).
+/// HEAD of a blob: one query, and with `renew` rarely a transaction (`I7`). The database answers each
+/// time; nothing remembers that a blob exists (`I8`).
 pub(crate) async fn stat(
     inner: &Inner,
     repository: &RepositoryName,
