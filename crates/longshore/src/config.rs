@@ -77,7 +77,7 @@ pub(crate) struct Rule {
     /// Tag patterns; all tags when left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) tags: Vec<String>,
-    /// `pull`, `push`, `tag-create`, `tag-overwrite`, `delete`.
+    /// `pull`, `push`, `tag-create`, `tag-overwrite`, `delete`, `admin`.
     pub(crate) actions: Vec<String>,
 }
 
@@ -508,7 +508,14 @@ fn parse_size(text: &str) -> Option<u64> {
     count.checked_mul(unit)
 }
 
-const ALL_ACTIONS: [&str; 5] = ["pull", "push", "tag-create", "tag-overwrite", "delete"];
+const ALL_ACTIONS: [&str; 6] = [
+    "pull",
+    "push",
+    "tag-create",
+    "tag-overwrite",
+    "delete",
+    "admin",
+];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
 const SECTIONS: [&str; 6] = ["server", "storage", "auth", "access", "events", "log"];

@@ -123,6 +123,24 @@ impl Authorizer {
         })
     }
 
+    /// Tells whether this principal may operate the registry: `admin` for every repository.
+    fn operates(&self, principal: &Principal) -> bool {
+        let Principal::User(user) = principal else {
+            return false;
+        };
+        self.0.iter().any(|rule| {
+            rule.actions.contains(&Action::Admin)
+                && rule
+                    .principals
+                    .iter()
+                    .any(|name| name == user || name == "*")
+                && rule
+                    .repositories
+                    .iter()
+                    .any(glob::Glob::is_all_repositories)
+        })
+    }
+
     /// Tells whether this principal may read anything at all.
     fn reads_something(&self, principal: &Principal) -> bool {
         self.0.iter().any(|rule| {
@@ -267,6 +285,22 @@ impl Auth {
                 Decision::Allowed
             }
             Credential::Token { .. } => Decision::Scope,
+        }
+    }
+
+    /// Judges whether a caller may operate the registry as a whole.
+    pub(crate) fn decide_operator(&self, caller: &Caller) -> Decision {
+        let Self::Users(users) = self else {
+            return Decision::Allowed;
+        };
+        if !users.authorizer.operates(&caller.principal) {
+            return Decision::Denied;
+        }
+        match &caller.credential {
+            Credential::Token { grants, .. } if !grants.iter().any(|g| g.is_registry("admin")) => {
+                Decision::Scope
+            }
+            _ => Decision::Allowed,
         }
     }
 

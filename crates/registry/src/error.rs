@@ -225,6 +225,20 @@ impl From<store::Error> for Refusal {
             }
             E::Full => plain(StatusCode::INSUFFICIENT_STORAGE, UNKNOWN)
                 .with(RETRY_AFTER, HeaderValue::from_static("60")),
+            E::ReadOnly { .. } => plain(StatusCode::SERVICE_UNAVAILABLE, UNKNOWN)
+                .with(RETRY_AFTER, HeaderValue::from_static("30")),
+            E::QuotaExceeded { .. } => plain(StatusCode::FORBIDDEN, DENIED),
+            E::Pinned { .. } => plain(StatusCode::CONFLICT, DENIED),
+            E::Unavailable { what, .. } => {
+                let mut refusal = Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    UNKNOWN,
+                    format!("{what} is not available, try again"),
+                )
+                .with(RETRY_AFTER, HeaderValue::from_static("5"));
+                refusal.0.internal = Some(message);
+                refusal
+            }
             E::Stopped => {
                 let mut refusal = Self::new(
                     StatusCode::SERVICE_UNAVAILABLE,

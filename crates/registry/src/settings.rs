@@ -224,10 +224,19 @@ pub enum Action {
     TagOverwrite,
     /// Delete tags, manifests and blobs.
     Delete,
+    /// Operate the registry: collection, retention, quotas, pins of others, read-only mode.
+    Admin,
 }
 
 impl Action {
-    const NAMES: [&'static str; 5] = ["pull", "push", "tag-create", "tag-overwrite", "delete"];
+    const NAMES: [&'static str; 6] = [
+        "pull",
+        "push",
+        "tag-create",
+        "tag-overwrite",
+        "delete",
+        "admin",
+    ];
 
     /// The name in rules and messages.
     pub fn name(self) -> &'static str {

@@ -116,6 +116,40 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The store takes no writes for now (read-only mode, a full disk, a database in recovery). Reads go on.
+    #[error("the registry is read-only: {reason}")]
+    ReadOnly {
+        /// Why, and what ends it.
+        reason: String,
+    },
+    /// The namespace may not grow further.
+    #[error(
+        "the quota of `{namespace}` is {quota} bytes and {used} are used, delete something or ask for more"
+    )]
+    QuotaExceeded {
+        /// The first component of the repository's name.
+        namespace: String,
+        /// Bytes allowed.
+        quota: u64,
+        /// Bytes used.
+        used: u64,
+    },
+    /// A pin keeps the manifest (`I19`).
+    #[error("manifest `{digest}` is pinned by {}", holders.join(", "))]
+    Pinned {
+        /// The manifest.
+        digest: Digest,
+        /// Who holds the pins.
+        holders: Vec<String>,
+    },
+    /// The database or the object store cannot be reached or does not answer rightly. Nothing acknowledged is lost.
+    #[error("{what} is not available, try again: {problem}")]
+    Unavailable {
+        /// `the database` or `the object store`.
+        what: &'static str,
+        /// What it said.
+        problem: String,
+    },
     /// The store has stopped after a failure that it must not go on from.
     #[error("the store has stopped after a failure, restart the server and look at its log")]
     Stopped,

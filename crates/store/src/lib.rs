@@ -26,6 +26,7 @@ mod error;
 mod event;
 mod failpoint;
 mod lease;
+mod location;
 mod manifest;
 mod meta;
 mod model;
@@ -40,6 +41,7 @@ mod verify;
 
 pub use clock::Timestamp;
 pub use error::Error;
+pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,

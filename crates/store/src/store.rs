@@ -13,6 +13,7 @@ use crate::blob::file_system::FileSystem;
 use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
@@ -53,7 +54,25 @@ impl Store {
     /// [`Error::InUse`], [`Error::Newer`], [`Error::NotADataDirectory`], [`Error::Damaged`], [`Error::Io`],
     /// [`Error::Database`], [`Error::Full`].
     pub async fn open(dir: &Path, options: Options) -> Result<Self, Error> {
-        Self::start(dir, None, options).await
+        Self::open_at(&Location::embedded(dir), options).await
+    }
+
+    /// Opens the store at `location`, making it where there is none.
+    ///
+    /// # Errors
+    /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
+    pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
+        let ObjectLocation::Directory(dir) = &location.objects else {
+            return Err(Error::Unavailable {
+                what: "the object store",
+                problem: "it is not supported yet".to_owned(),
+            });
+        };
+        let url = match &location.database {
+            DatabaseLocation::Sqlite(_) => None,
+            DatabaseLocation::Postgres(url) => Some(url.clone()),
+        };
+        Self::start(dir, url, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.

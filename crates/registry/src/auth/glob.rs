@@ -52,6 +52,11 @@ impl Glob {
         matches!(self.parts.as_slice(), [Part::Any | Part::Within])
     }
 
+    /// Tells whether it stands for every repository, whose names hold `/`.
+    pub(crate) fn is_all_repositories(&self) -> bool {
+        matches!(self.parts.as_slice(), [Part::Any])
+    }
+
     /// A star may stand for nothing.
     fn close(&self, reached: &mut [bool]) {
         for (index, part) in self.parts.iter().enumerate() {

@@ -40,6 +40,7 @@ impl Grant {
             Action::Pull => "pull",
             Action::Push | Action::TagCreate | Action::TagOverwrite => "push",
             Action::Delete => "delete",
+            Action::Admin => "*",
         };
         self.kind == "repository"
             && self.name == repository.as_str()

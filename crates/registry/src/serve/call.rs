@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use oci::{Digest, RepositoryName, Tag};
 
 use crate::auth::{Caller, Decision, Principal, log_in, token};
-use crate::error::{DENIED, Refusal, UNAUTHORIZED, UNKNOWN};
+use crate::error::{DENIED, Refusal, UNAUTHORIZED, UNKNOWN, UNSUPPORTED};
 use crate::serve::Shared;
 use crate::serve::body::Body;
 use crate::settings::Action;
@@ -135,6 +135,40 @@ impl Call {
             Decision::Scope => Err(self.wants_scope(&scope)),
             Decision::Denied => Err(self.challenge(log_in(), Some(&scope), None)),
         }
+    }
+
+    /// Lets a request go on that operates the registry as a whole: the caller needs `admin` for every repository.
+    ///
+    /// # Errors
+    /// 401 with a challenge without credentials, else 403.
+    pub(crate) async fn require_operator(&self) -> Result<(), Refusal> {
+        match self.context.auth.decide_operator(&self.caller) {
+            Decision::Allowed => Ok(()),
+            Decision::Scope => Err(self.wants_scope("registry:admin:*")),
+            Decision::Denied if self.caller.principal == Principal::Anonymous => {
+                Err(self.challenge(log_in(), Some("registry:admin:*"), None))
+            }
+            Decision::Denied => {
+                self.audit(Action::Admin.name(), self.path(), "denied")
+                    .await;
+                Err(Refusal::new(
+                    StatusCode::FORBIDDEN,
+                    DENIED,
+                    "you may not operate this registry, it needs a rule with `admin` for all repositories",
+                ))
+            }
+        }
+    }
+
+    /// Reads the body as JSON; 413 above `limit` bytes, 400 when it is not what is expected.
+    pub(crate) async fn json<T: serde::de::DeserializeOwned>(
+        &mut self,
+        limit: usize,
+    ) -> Result<T, Refusal> {
+        let body = self.whole_body(limit).await?;
+        serde_json::from_slice(&body).map_err(|error| {
+            Refusal::bad_request(UNSUPPORTED, format!("the body is not as expected: {error}"))
+        })
     }
 
     /// Asks for a token with both scopes where the caller may read `from` but its token does not say
@@ -335,6 +369,7 @@ fn repository_scope(repository: &RepositoryName, action: Action) -> String {
         Action::Pull => "pull",
         Action::Push | Action::TagCreate | Action::TagOverwrite => "pull,push",
         Action::Delete => "pull,delete",
+        Action::Admin => "*",
     };
     format!("repository:{repository}:{words}")
 }

@@ -48,7 +48,14 @@ fn a_rule_reads_from_text_and_refuses_unknown_keys() {
         )
         .is_err()
     );
-    for action in ["pull", "push", "tag-create", "tag-overwrite", "delete"] {
+    for action in [
+        "pull",
+        "push",
+        "tag-create",
+        "tag-overwrite",
+        "delete",
+        "admin",
+    ] {
         let parsed: Action = serde_json::from_str(&format!("\"{action}\"")).unwrap();
         assert_eq!(parsed.name(), action);
     }

@@ -16,11 +16,18 @@ pub(crate) struct Migration {
 }
 
 /// All steps in order.
-pub(crate) const MIGRATIONS: &[Migration] = &[Migration {
-    version: 1,
-    sqlite: include_str!("schema/sqlite/0001.sql"),
-    postgres: include_str!("schema/postgres/0001.sql"),
-}];
+pub(crate) const MIGRATIONS: &[Migration] = &[
+    Migration {
+        version: 1,
+        sqlite: include_str!("schema/sqlite/0001.sql"),
+        postgres: include_str!("schema/postgres/0001.sql"),
+    },
+    Migration {
+        version: 2,
+        sqlite: include_str!("schema/sqlite/0002.sql"),
+        postgres: include_str!("schema/postgres/0002.sql"),
+    },
+];
 
 /// Brings the file to the newest version. An existing file is first copied beside itself.
 pub(super) fn migrate_sqlite(

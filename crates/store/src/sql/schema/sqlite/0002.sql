@@ -1,0 +1,117 @@
+-- Expand only: programs of schema 1 go on working on it.
+
+-- An upload whose object is in an object store: the multipart upload, the parts recorded (JSON), the object that holds
+-- the bytes after the last part, and the name of the next such object, recorded before it is written.
+ALTER TABLE upload ADD COLUMN multipart TEXT;
+ALTER TABLE upload ADD COLUMN parts TEXT;
+ALTER TABLE upload ADD COLUMN tail_key TEXT;
+ALTER TABLE upload ADD COLUMN next_tail_key TEXT;
+-- The one writer of an upload, among replicas.
+ALTER TABLE upload ADD COLUMN claimed_by TEXT;
+ALTER TABLE upload ADD COLUMN claimed_until BIGINT;
+
+-- A multipart upload to abort before the object of this key is deleted.
+ALTER TABLE deletion ADD COLUMN multipart TEXT;
+
+-- The order in which events were inserted. SQLite numbers them at once and has no use for it.
+ALTER TABLE event ADD COLUMN ordinal BIGINT;
+
+-- When the bytes of a blob were last read and found right.
+ALTER TABLE blob ADD COLUMN checked_at BIGINT;
+CREATE INDEX blob_checked ON blob (checked_at, id);
+CREATE INDEX blob_suspect ON blob (id) WHERE state = 'suspect';
+
+-- A repository that is being deleted has lost its name; its content goes in the background.
+ALTER TABLE repository ADD COLUMN deleted_name TEXT;
+ALTER TABLE repository ADD COLUMN deleted_at BIGINT;
+
+CREATE TABLE collection_queue_2 (
+    kind TEXT NOT NULL CHECK (kind IN ('manifest', 'repository_blob', 'blob', 'upload', 'repository')),
+    repository_id BIGINT NOT NULL,
+    target_id BIGINT NOT NULL,
+    due_at BIGINT NOT NULL,
+    attempts BIGINT NOT NULL,
+    PRIMARY KEY (kind, repository_id, target_id)
+) WITHOUT ROWID;
+INSERT INTO collection_queue_2 SELECT kind, repository_id, target_id, due_at, attempts FROM collection_queue;
+DROP TABLE collection_queue;
+ALTER TABLE collection_queue_2 RENAME TO collection_queue;
+CREATE INDEX collection_queue_due ON collection_queue (kind, due_at);
+
+CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
+CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
+
+CREATE TABLE pin (
+    holder TEXT NOT NULL,
+    repository_id BIGINT NOT NULL REFERENCES repository (id),
+    digest BLOB NOT NULL,
+    manifest_id BIGINT NOT NULL REFERENCES manifest (id),
+    reason TEXT NOT NULL,
+    created_at BIGINT NOT NULL,
+    created_by TEXT NOT NULL,
+    expires_at BIGINT,
+    PRIMARY KEY (holder, repository_id, digest)
+) WITHOUT ROWID;
+CREATE INDEX pin_manifest ON pin (manifest_id);
+CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
+
+-- What agents reported, in the order of their ledgers.
+CREATE TABLE attempt (
+    id INTEGER PRIMARY KEY NOT NULL,
+    holder TEXT NOT NULL,
+    target TEXT NOT NULL,
+    sequence BIGINT NOT NULL,
+    hash BLOB NOT NULL,
+    repository TEXT,
+    digest BLOB,
+    outcome TEXT,
+    body TEXT NOT NULL,
+    received_by TEXT NOT NULL,
+    received_at BIGINT NOT NULL,
+    UNIQUE (holder, target, hash)
+);
+CREATE INDEX attempt_order ON attempt (holder, target, id);
+CREATE INDEX attempt_digest ON attempt (digest) WHERE digest IS NOT NULL;
+
+-- Logical bytes per repository, folded as those of namespaces are.
+ALTER TABLE usage_delta ADD COLUMN repository_id BIGINT;
+CREATE TABLE repository_total (
+    repository_id INTEGER PRIMARY KEY NOT NULL,
+    bytes BIGINT NOT NULL,
+    objects BIGINT NOT NULL,
+    folded_at BIGINT NOT NULL
+);
+
+-- Pulls merged by principal, digest and hour.
+CREATE TABLE pull (
+    repository_id BIGINT NOT NULL REFERENCES repository (id),
+    digest BLOB NOT NULL,
+    principal TEXT NOT NULL,
+    hour BIGINT NOT NULL,
+    pulls BIGINT NOT NULL,
+    PRIMARY KEY (repository_id, digest, principal, hour)
+) WITHOUT ROWID;
+CREATE INDEX pull_hour ON pull (hour);
+
+CREATE TABLE retention_run (
+    id INTEGER PRIMARY KEY NOT NULL,
+    started_at BIGINT NOT NULL,
+    finished_at BIGINT,
+    policy TEXT NOT NULL,
+    dry_run BIGINT NOT NULL,
+    actor TEXT NOT NULL,
+    kept BIGINT NOT NULL,
+    removed BIGINT NOT NULL
+);
+
+CREATE TABLE retention_decision (
+    run_id BIGINT NOT NULL REFERENCES retention_run (id) ON DELETE CASCADE,
+    repository TEXT NOT NULL,
+    tag TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    generation BIGINT NOT NULL,
+    action TEXT NOT NULL CHECK (action IN ('keep', 'remove')),
+    reason TEXT NOT NULL,
+    undone_at BIGINT,
+    PRIMARY KEY (run_id, repository, tag)
+) WITHOUT ROWID;
