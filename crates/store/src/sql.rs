@@ -25,7 +25,7 @@ use crate::error::Error;
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value};
+pub(crate) use value::{Row, Value, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
