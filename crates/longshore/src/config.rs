@@ -3,6 +3,8 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod gc;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -60,9 +62,23 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let raw = raw.overlay(environment)?;
-        raw.check(data, listen)
-            .map_err(|error| config_error(file, error))
+        let environment: Vec<(String, String)> = environment.into_iter().collect();
+        let raw = raw.overlay(environment.iter().cloned())?;
+        #[cfg_attr(
+            not(feature = "failpoints"),
+            expect(unused_mut, reason = "only a test build changes it")
+        )]
+        let mut config = raw
+            .check(data, listen)
+            .map_err(|error| config_error(file, error))?;
+        #[cfg(feature = "failpoints")]
+        {
+            let lease = environment
+                .iter()
+                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
+            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
+        }
+        Ok(config)
     }
 }
 
@@ -120,6 +136,7 @@ struct Raw {
     auth: Auth,
     access: Option<Vec<Rule>>,
     events: Events,
+    gc: gc::Gc,
     log: Option<Log>,
 }
 
@@ -286,6 +303,7 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        self.gc.apply(&mut options, false)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -518,7 +536,7 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 6] = ["server", "storage", "auth", "access", "events", "log"];
+const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
 
 #[cfg(test)]
 mod tests;

@@ -39,6 +39,8 @@ statements! {
            ON CONFLICT (digest) DO UPDATE SET size = blob.size RETURNING id, storage_key, state";
     HEAL = "UPDATE blob SET body = $2, storage_key = $3, state = 'ok' WHERE id = $1";
     SUSPECT = "UPDATE blob SET state = 'suspect' WHERE digest = $1";
+    TAKE = "SELECT digest, size, storage_key FROM blob WHERE id = $1 {for update}";
+    REMOVE = "DELETE FROM blob WHERE id = $1";
     TOTALS = "SELECT COUNT(*) AS blobs, CAST(COALESCE(SUM(size), 0) AS BIGINT) AS bytes FROM blob";
 }
 
@@ -260,6 +262,31 @@ impl Body for Delete {
         let target = format!("{}@{}", self.repository.as_str(), self.digest);
         audit::allowed(tx, &self.actor, "blob.delete", target).await
     }
+}
+
+/// A blob whose row is locked against everybody who wants to hold it.
+pub(crate) struct Taken {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    pub(crate) key: Option<String>,
+}
+
+pub(crate) async fn take(tx: &mut Tx, blob: i64) -> Result<Option<Taken>, Error> {
+    tx.query_opt(&TAKE, &[blob.into()])
+        .await?
+        .map(|row| {
+            Ok(Taken {
+                digest: row.digest(0)?,
+                size: row.u64(1)?,
+                key: row.opt_text(2)?,
+            })
+        })
+        .transpose()
+}
+
+/// Deletes the row of a blob that nobody holds. Its object is the outbox's.
+pub(crate) async fn remove(tx: &mut Tx, blob: i64) -> Result<(), Error> {
+    tx.execute(&REMOVE, &[blob.into()]).await.map(drop)
 }
 
 /// Marks a blob whose bytes were found damaged: it is absent until the same content is pushed again (`I20`).

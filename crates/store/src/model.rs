@@ -6,6 +6,7 @@ use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
 use crate::clock::Timestamp;
+use crate::collect::GcOptions;
 
 /// Settings of an embedded store.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// The collector.
+    pub gc: GcOptions,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -32,6 +35,7 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            gc: GcOptions::default(),
         }
     }
 }
@@ -210,6 +214,8 @@ pub enum EventKind {
     TagUpdated,
     /// A tag was deleted.
     TagDeleted,
+    /// A repository was deleted with all that it held. The event names no manifest: its digest is that of nothing.
+    RepositoryDeleted,
 }
 /// An audit row.
 #[derive(Clone, Debug)]

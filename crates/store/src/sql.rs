@@ -25,7 +25,7 @@ use crate::error::Error;
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value};
+pub(crate) use value::{Row, Value, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
@@ -125,7 +125,20 @@ impl Context {
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
+    /// Who writes.
+    const KIND: WriteKind = WriteKind::User;
+
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// Whose write a transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(dead_code, reason = "the read-only mode tells them apart")]
+pub(crate) enum WriteKind {
+    /// A caller's: refused in the read-only mode.
+    User,
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    Maintenance,
 }
 
 /// A transaction that is running.

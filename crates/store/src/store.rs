@@ -36,6 +36,7 @@ pub(crate) struct Inner {
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -128,6 +129,7 @@ impl Store {
             claims: Claims::default(),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
@@ -169,13 +171,23 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// What all clones share, for the rooms that add methods to a store.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
     pub async fn maintain(&self) {
+        // Apart: a slow object store must not delay the rest.
+        tokio::join!(self.upkeep(), collect::work(&self.0));
+    }
+
+    async fn upkeep(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            match self.maintain_once().await {
+            match self.upkeep_once().await {
                 Ok(()) => {}
                 Err(Error::Stopped) => return,
                 Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
@@ -183,20 +195,24 @@ impl Store {
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
         while inner.db.write(usage::Fold).await? {}
         let retention = inner.options.event_retention;
