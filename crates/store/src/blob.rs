@@ -18,6 +18,7 @@ use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::lease;
+use crate::mode::WriteKind;
 use crate::model::{Actor, Blob, BlobContent, BlobInfo};
 use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Tx, statements};
@@ -238,6 +239,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::BlobUnknown(self.digest.clone());
@@ -267,6 +269,7 @@ pub(crate) struct Suspect(pub(crate) Digest);
 
 impl Body for Suspect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&SUSPECT, &[(&self.0).into()]).await.map(drop)

@@ -11,6 +11,7 @@ use crate::blob::file_system::StorageKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::mode::WriteKind;
 use crate::sql::{Body, Db, Tx, statements};
 use crate::store::Inner;
 use crate::upload;
@@ -172,6 +173,7 @@ struct Deleted {
 
 impl Body for Deleted {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         for key in &self.gone {

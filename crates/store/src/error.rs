@@ -175,7 +175,7 @@ impl Error {
     pub(crate) fn io(operation: &'static str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         if matches!(source.kind(), StorageFull | QuotaExceeded) {
-            tracing::warn!(operation, path = %path.display(), "the disk is full");
+            tracing::debug!(operation, path = %path.display(), "the disk is full");
             return Self::Full;
         }
         Self::Io {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use oci::{Digest, RepositoryName, Tag};
 
 use crate::error::Error;
+use crate::mode::WriteKind;
 use crate::model::{Actor, Event, EventBounds, EventKind};
 use crate::sql::{Body, Db, Tx, statements};
 
@@ -116,6 +117,7 @@ pub(crate) struct Prune {
 
 impl Body for Prune {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let before = tx.now().minus(self.retention);

@@ -29,6 +29,7 @@ mod lease;
 mod location;
 mod manifest;
 mod meta;
+mod mode;
 mod model;
 mod referrer;
 mod repository;
@@ -42,6 +43,7 @@ mod verify;
 pub use clock::Timestamp;
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,

@@ -17,6 +17,7 @@ use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
+use crate::mode::WriteKind;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Row, Tx, statements};
@@ -311,6 +312,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.digest.to_string());

@@ -2,6 +2,7 @@
 
 use crate::clock::random_name;
 use crate::error::Error;
+use crate::mode::WriteKind;
 use crate::model::TokenKey;
 use crate::sql::{Body, Db, Tx, statements};
 
@@ -28,6 +29,7 @@ struct Epoch {
 
 impl Body for Epoch {
     type Output = String;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<String, Error> {
         tx.execute(&PUT, &["epoch".into(), (&self.fresh).into()])
@@ -61,6 +63,7 @@ struct MakeKey(TokenKey);
 
 impl Body for MakeKey {
     type Output = Vec<TokenKey>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Vec<TokenKey>, Error> {
         // The lock makes replicas that start together agree on one key.

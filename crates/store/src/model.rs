@@ -22,6 +22,9 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
+    /// file system).
+    pub floor: Option<u64>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -32,6 +35,7 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            floor: None,
         }
     }
 }

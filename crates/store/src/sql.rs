@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
+use crate::mode::{Gate, WriteKind};
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
@@ -80,6 +81,14 @@ impl Db {
         }
     }
 
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
+        }
+    }
+
     /// Waits until the database has stopped after a failure of its own.
     pub(crate) async fn stopped(&self) {
         match self {
@@ -105,6 +114,8 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
 }
 
 impl Context {
@@ -124,6 +135,8 @@ impl Context {
 /// One transaction as a value. `run` may be called again on the same value, and it awaits only `tx`.
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
+    /// What it is for: whether it may run in a read-only mode.
+    const KIND: WriteKind = WriteKind::User;
 
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
 }
@@ -160,6 +173,15 @@ impl Tx {
     /// A new row id.
     pub(crate) fn id(&self) -> i64 {
         self.context.clock.id()
+    }
+
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends. On SQLite the one
+    /// writer does both.
+    pub(crate) async fn exclude_users(&mut self) -> Result<(), Error> {
+        match &mut self.connection {
+            Connection::Sqlite(_) => Ok(()),
+            Connection::Postgres(session) => session.exclude_users().await,
+        }
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

@@ -14,6 +14,7 @@ use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::{Gate, WriteKind};
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
@@ -27,7 +28,7 @@ use crate::{
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
@@ -36,6 +37,8 @@ pub(crate) struct Inner {
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -85,6 +88,7 @@ impl Store {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(Gate::of_directory(dir, options.floor)),
         };
         let root = dir.to_owned();
         let embedded = url.is_none();
@@ -96,6 +100,8 @@ impl Store {
                 } else {
                     Directory::open_objects(&root)?
                 };
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
                 let sqlite = if embedded {
                     Some(Db::open_sqlite(
                         &directory::database(&root),
@@ -128,6 +134,7 @@ impl Store {
             claims: Claims::default(),
             options,
             clock: context.clock,
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
@@ -147,6 +154,8 @@ impl Store {
         inner.tasks.wait().await;
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
             .directory
             .lock()
@@ -173,12 +182,20 @@ impl Store {
     pub async fn maintain(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
             tick.tick().await;
             match self.maintain_once().await {
-                Ok(()) => {}
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
         }
     }
@@ -190,6 +207,7 @@ impl Store {
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
@@ -250,6 +268,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -291,13 +310,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -647,6 +667,7 @@ struct VerifyOpen(Arc<Inner>);
 
 impl crate::sql::Body for VerifyOpen {
     type Output = crate::VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
         let objects = &self.0.objects;
@@ -667,6 +688,16 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 

@@ -12,6 +12,7 @@ use oci::{Digest, Manifest, RepositoryName, Tag};
 use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
+use crate::mode::WriteKind;
 use crate::model::{Actor, EventKind, Expected, TagMove, TagState, TagWrite};
 use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Tx, statements};
@@ -193,6 +194,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.tag.as_str().to_owned());

@@ -17,6 +17,7 @@ use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::mode::WriteKind;
 use crate::model::{Actor, UploadId};
 use crate::repository;
 use crate::sql::{Body, Db, Row, Tx, statements};
@@ -264,6 +265,7 @@ pub(crate) struct Expire {
 
 impl Body for Expire {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         if remove(tx, self.id).await? {
@@ -282,6 +284,7 @@ pub(crate) struct Collect {
 
 impl Body for Collect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let row = tx.query_opt(&TAKE, &[self.id.into()]).await?;

@@ -2,6 +2,7 @@
 //! (`I17`).
 
 use crate::error::Error;
+use crate::mode::WriteKind;
 use crate::repository::Place;
 use crate::sql::{Body, Db, Tx, statements};
 
@@ -48,6 +49,7 @@ pub(crate) struct Fold;
 
 impl Body for Fold {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let mut sums = std::collections::BTreeMap::<i64, (i64, i64)>::new();

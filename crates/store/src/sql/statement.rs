@@ -90,6 +90,7 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
+        crate::mode::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
         crate::tag::STATEMENTS,

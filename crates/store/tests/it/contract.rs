@@ -30,6 +30,8 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         events_are_numbered(store).await;
         usage_and_totals_add_up(store).await;
         sixteen_clients(store).await;
+        crate::modes::read_only_by_command(store).await;
+        crate::modes::no_write_comes_after_the_command(store).await;
         assert_sound(store).await;
         uploads_end(store).await;
         what_was_reported_is_kept(store).await;
