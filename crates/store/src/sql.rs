@@ -138,7 +138,20 @@ pub(crate) trait Body: Send + Sync + 'static {
     /// What it is for: whether it may run in a read-only mode.
     const KIND: WriteKind = WriteKind::User;
 
+    /// Who writes.
+    const KIND: WriteKind = WriteKind::User;
+
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// Whose write a transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(dead_code, reason = "the read-only mode tells them apart")]
+pub(crate) enum WriteKind {
+    /// A caller's: refused in the read-only mode.
+    User,
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    Maintenance,
 }
 
 /// A transaction that is running.
