@@ -11,9 +11,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::mode::WriteKind;
 use crate::model::{Actor, AuditEntry};
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO audit (id, at, principal, action, target, outcome, address, request) \

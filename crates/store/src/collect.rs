@@ -11,8 +11,7 @@ use crate::blob::file_system::StorageKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::mode::WriteKind;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Inner;
 use crate::upload;
 

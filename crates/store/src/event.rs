@@ -10,9 +10,8 @@ use std::time::Duration;
 use oci::{Digest, RepositoryName, Tag};
 
 use crate::error::Error;
-use crate::mode::WriteKind;
 use crate::model::{Actor, Event, EventBounds, EventKind};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     NEXT = "UPDATE counter SET value = value + 1 WHERE name = 'event' RETURNING value";

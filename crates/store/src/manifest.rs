@@ -17,10 +17,9 @@ use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
-use crate::mode::WriteKind;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::tag::{self, Change, Target};
 use crate::{audit, lease, referrer, usage};
 

@@ -2,9 +2,8 @@
 
 use crate::clock::random_name;
 use crate::error::Error;
-use crate::mode::WriteKind;
 use crate::model::TokenKey;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     GET = "SELECT value FROM meta WHERE key = $1";

@@ -5,7 +5,7 @@
 //! transaction: on SQLite by the one writer, on PostgreSQL under a shared advisory lock that the command takes alone,
 //! so when the command is answered no write of a user is under way or comes after it.
 //!
-//! Each transaction says what it is for ([`WriteKind`]). The collector goes on in every mode; on a full disk it writes
+//! Each transaction says what it is for ([`crate::sql::WriteKind`]). The collector goes on in every mode; on a full disk it writes
 //! its log into the room of a reserve file, which is given up then and made again when there is room.
 
 use std::os::unix::fs::FileExt;
@@ -18,7 +18,7 @@ use crate::audit;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::Actor;
-use crate::sql::{Body, Tx, statements};
+use crate::sql::{Body, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
@@ -30,17 +30,6 @@ statements! {
 
 /// The statement that every writing transaction of a user begins with.
 pub(crate) static CHECK: &crate::sql::Statement = &COMMANDED;
-
-/// What a transaction is for; it decides in which mode it may run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WriteKind {
-    /// A user adds or changes something. Refused in every read-only mode.
-    User,
-    /// Somebody takes something away, which gives room: goes on when the disk is full, is refused by command.
-    Delete,
-    /// The store keeps itself in order. Goes on in every mode.
-    Maintenance,
-}
 
 /// What a store may write now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
-use crate::mode::{Gate, WriteKind};
+use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
@@ -135,10 +135,8 @@ impl Context {
 /// One transaction as a value. `run` may be called again on the same value, and it awaits only `tx`.
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
-    /// What it is for: whether it may run in a read-only mode.
-    const KIND: WriteKind = WriteKind::User;
 
-    /// Who writes.
+    /// Who writes, and so whether it may run in a read-only mode.
     const KIND: WriteKind = WriteKind::User;
 
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
@@ -146,10 +144,12 @@ pub(crate) trait Body: Send + Sync + 'static {
 
 /// Whose write a transaction is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(dead_code, reason = "the read-only mode tells them apart")]
 pub(crate) enum WriteKind {
-    /// A caller's: refused in the read-only mode.
+    /// A caller's: refused in every read-only mode.
     User,
+    /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
+    /// the mode was commanded.
+    Delete,
     /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
     Maintenance,
 }

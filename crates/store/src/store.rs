@@ -14,12 +14,12 @@ use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
-use crate::mode::{Gate, WriteKind};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, Slot};
 use crate::upload::writer::{MEMORY, Session, UploadWriter};
 use crate::{

@@ -12,10 +12,9 @@ use oci::{Digest, Manifest, RepositoryName, Tag};
 use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
-use crate::mode::WriteKind;
 use crate::model::{Actor, EventKind, Expected, TagMove, TagState, TagWrite};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::{audit, lease, manifest, referrer};
 
 statements! {

@@ -17,10 +17,9 @@ use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::mode::WriteKind;
 use crate::model::{Actor, UploadId};
 use crate::repository;
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO upload (id, name, repository_id, algorithm, storage_key, body, size, hash_state, \

@@ -2,9 +2,8 @@
 //! (`I17`).
 
 use crate::error::Error;
-use crate::mode::WriteKind;
 use crate::repository::Place;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO usage_delta (id, namespace_id, bytes, objects, at) VALUES ($1, $2, $3, $4, $5)";

@@ -16,9 +16,9 @@ use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
 use crate::error::Error;
-use crate::mode::{self, WriteKind};
+use crate::mode;
 
 pub(crate) struct Postgres {
     pool: Arc<Pool>,

@@ -20,10 +20,10 @@ use rusqlite::{ErrorCode, OpenFlags, ToSql, ffi};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::mode::{self, WriteKind};
+use crate::mode;
 
 pub(crate) struct Sqlite {
     jobs: Mutex<Option<mpsc::Sender<Message>>>,
