@@ -33,6 +33,7 @@ mod mode;
 mod model;
 mod referrer;
 mod repository;
+mod scrub;
 mod sql;
 mod store;
 mod tag;
@@ -49,6 +50,7 @@ pub use model::{
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use verify::{verify_audit, verify_store};

@@ -37,6 +37,7 @@ pub(crate) struct Inner {
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) scrub: crate::scrub::Counters,
     /// Whether users may write now.
     pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
@@ -134,6 +135,7 @@ impl Store {
             claims: Claims::default(),
             options,
             clock: context.clock,
+            scrub: crate::scrub::Counters::default(),
             gate: context.gate,
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),

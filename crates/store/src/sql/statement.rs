@@ -93,6 +93,7 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::mode::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::scrub::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,

@@ -14,4 +14,6 @@ mod modes;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod scrub;
+#[cfg(test)]
 mod uploads;
