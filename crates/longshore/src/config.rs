@@ -186,6 +186,7 @@ struct Storage {
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
+    floor: Option<Size>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -298,6 +299,12 @@ impl Raw {
                 *place = period(key, text)?;
             }
         }
+        options.floor = self
+            .storage
+            .floor
+            .as_ref()
+            .map(|size| bytes("storage.floor", size))
+            .transpose()?;
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
@@ -356,14 +363,13 @@ impl Raw {
                 .server
                 .limits
                 .manifest_bytes
-                .map(|size| match size {
-                    Size::Bytes(bytes) => Ok(bytes),
-                    Size::Text(text) => parse_size(&text).with_context(|| {
-                        format!("`server.limits.manifest_bytes`: `{text}` is no size, write for example `8MiB`")
-                    }),
-                })
+                .map(|size| bytes("server.limits.manifest_bytes", &size))
                 .transpose()?,
-            drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
+            drain: self
+                .server
+                .drain
+                .map(|text| period("server.drain", &text))
+                .transpose()?,
             data: data
                 .map(Path::to_path_buf)
                 .or(self.storage.directory)
@@ -504,6 +510,15 @@ pub(crate) fn parse_period(text: &str) -> Option<Duration> {
         rest = rest.get(end..)?;
     }
     Some(total)
+}
+
+/// The bytes of a size.
+fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
+    match size {
+        Size::Bytes(bytes) => Ok(*bytes),
+        Size::Text(text) => parse_size(text)
+            .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
+    }
 }
 
 /// `4MiB`, `10 MB`, `4096`.

@@ -27,9 +27,11 @@ mod lease;
 mod location;
 mod manifest;
 mod meta;
+mod mode;
 mod model;
 mod referrer;
 mod repository;
+mod scrub;
 mod sql;
 mod store;
 mod tag;
@@ -44,11 +46,13 @@ pub use collect::{
 };
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use verify::{verify_audit, verify_store};

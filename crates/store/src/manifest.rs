@@ -19,7 +19,7 @@ use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::tag::{self, Change, Target};
 use crate::{audit, lease, referrer, usage};
 
@@ -42,7 +42,9 @@ statements! {
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) \
            ON CONFLICT (repository_id, digest) DO UPDATE SET lease_until = \
                CASE WHEN manifest.lease_until < excluded.lease_until \
-                    THEN excluded.lease_until ELSE manifest.lease_until END \
+                    THEN excluded.lease_until ELSE manifest.lease_until END, \
+               size = excluded.size, \
+               body = CASE WHEN manifest.body = excluded.body THEN manifest.body ELSE excluded.body END \
            RETURNING id";
     ADD_BLOB = "INSERT INTO manifest_blob (manifest_id, repository_id, digest, blob_id) \
                 VALUES ($1, $2, $3, $4) ON CONFLICT (manifest_id, digest) DO NOTHING";
@@ -310,6 +312,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.digest.to_string());

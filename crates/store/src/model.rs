@@ -25,6 +25,13 @@ pub struct Options {
     pub allow_sparse: bool,
     /// The collector.
     pub gc: GcOptions,
+    /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
+    /// file system).
+    pub floor: Option<u64>,
+    /// Bytes per second that the scrub reads (8 MiB); 0 turns it off.
+    pub scrub_rate: u64,
+    /// The scrub reads everything once in this time (30 days).
+    pub scrub_period: Duration,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -36,6 +43,9 @@ impl Default for Options {
             inline_limit: 16 * 1024,
             allow_sparse: false,
             gc: GcOptions::default(),
+            floor: None,
+            scrub_rate: 8 << 20,
+            scrub_period: Duration::from_hours(30 * 24),
         }
     }
 }

@@ -14,11 +14,12 @@ use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, Slot};
 use crate::upload::writer::{MEMORY, Session, UploadWriter};
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
@@ -37,6 +38,9 @@ pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
     pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -86,6 +90,7 @@ impl Store {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(Gate::of_directory(dir, options.floor)),
         };
         let root = dir.to_owned();
         let embedded = url.is_none();
@@ -97,6 +102,8 @@ impl Store {
                 } else {
                     Directory::open_objects(&root)?
                 };
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
                 let sqlite = if embedded {
                     Some(Db::open_sqlite(
                         &directory::database(&root),
@@ -130,6 +137,8 @@ impl Store {
             options,
             clock: context.clock,
             collector: collect::Collector::default(),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
@@ -149,6 +158,8 @@ impl Store {
         inner.tasks.wait().await;
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
             .directory
             .lock()
@@ -185,12 +196,20 @@ impl Store {
     async fn upkeep(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
             tick.tick().await;
             match self.upkeep_once().await {
-                Ok(()) => {}
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
         }
     }
@@ -208,6 +227,7 @@ impl Store {
 
     async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
@@ -266,6 +286,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -307,13 +328,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -663,6 +685,7 @@ struct VerifyOpen(Arc<Inner>);
 
 impl crate::sql::Body for VerifyOpen {
     type Output = crate::VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
         let objects = &self.0.objects;
@@ -683,6 +706,16 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 

@@ -12,6 +12,10 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod modes;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod scrub;
 #[cfg(test)]
 mod uploads;

@@ -21,8 +21,16 @@ ALTER TABLE event ADD COLUMN ordinal BIGINT;
 
 -- When the bytes of a blob were last read and found right.
 ALTER TABLE blob ADD COLUMN checked_at BIGINT;
+-- Until when somebody reads it.
+ALTER TABLE blob ADD COLUMN checking_until BIGINT;
 CREATE INDEX blob_checked ON blob (checked_at, id);
 CREATE INDEX blob_suspect ON blob (id) WHERE state = 'suspect';
+
+-- Manifests whose bytes in their row are not those of their digest.
+CREATE TABLE damaged_manifest (
+    manifest_id INTEGER PRIMARY KEY NOT NULL REFERENCES manifest (id) ON DELETE CASCADE,
+    found_at BIGINT NOT NULL
+);
 
 -- A repository that is being deleted has lost its name; its content goes in the background.
 ALTER TABLE repository ADD COLUMN deleted_name TEXT;
