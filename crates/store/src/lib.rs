@@ -42,7 +42,9 @@ mod verify;
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,

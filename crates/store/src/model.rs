@@ -26,6 +26,8 @@ pub struct Options {
     /// How long the object of a collected blob is kept in an object store, for reads that have begun and URLs that
     /// were handed out (1 h). An open file needs no such time.
     pub read_grace: Duration,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -37,6 +39,7 @@ impl Default for Options {
             inline_limit: 16 * 1024,
             allow_sparse: false,
             read_grace: Duration::from_hours(1),
+            database_connections: 16,
         }
     }
 }

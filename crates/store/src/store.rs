@@ -46,8 +46,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Store {
@@ -65,94 +65,51 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        let (dir, s3) = match (&location.objects, &location.database) {
-            (ObjectLocation::Directory(dir), _) => (Some(dir.as_path()), None),
-            (ObjectLocation::S3(s3), DatabaseLocation::Sqlite(dir)) => {
-                (Some(dir.as_path()), Some(S3::connect(s3).await?))
-            }
-            (ObjectLocation::S3(s3), DatabaseLocation::Postgres(_)) => {
-                (None, Some(S3::connect(s3).await?))
-            }
-        };
-        Self::start(dir, url, s3, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(Some(dir), Some(url.to_owned()), None, options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
-    /// `dir` is absent where neither the database nor the objects are in a directory.
     async fn start(
-        dir: Option<&Path>,
-        url: Option<String>,
-        s3: Option<S3>,
+        database: DatabaseLocation,
+        objects: ObjectLocation,
         options: Options,
     ) -> Result<Self, Error> {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
         };
-        let embedded = url.is_none();
-        let (directory, sqlite) = if let Some(root) = dir.map(Path::to_owned) {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((Some(directory), sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
-        } else {
-            (None, None)
-        };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let (objects, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+            }
         };
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if let Some(directory) = &directory
-            && directory.fresh
-        {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
-        let memory = if s3.is_some() {
-            MEMORY_FOR_PARTS
-        } else {
-            MEMORY
-        };
-        let objects = match (s3, dir) {
-            (Some(s3), _) => Objects::S3(s3),
-            (None, Some(dir)) => {
-                Objects::Directory(Arc::new(FileSystem::open(directory::objects(dir))))
-            }
-            (None, None) => return Err(Error::Stopped),
-        };
         Ok(Self(Arc::new(Inner {
             db,
             objects,
-            claims: Claims::new(!embedded),
+            claims: Claims::new(shared),
             options,
             clock: context.clock,
             memory: Arc::new(Semaphore::new(memory)),
@@ -160,7 +117,7 @@ impl Store {
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(directory),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -175,10 +132,10 @@ impl Store {
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
         inner
-            .directory
+            .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
+            .clear();
         sealed.and(closed)
     }
 
@@ -713,6 +670,35 @@ impl crate::sql::Body for VerifyOpen {
         }
         Ok((report, doubts))
     }
+}
+
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
 }
 
 /// Records what an idle writer wrote and gives its claim back.

@@ -10,6 +10,8 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod object_store;
+#[cfg(test)]
 mod postgres;
 #[cfg(test)]
 mod uploads;
