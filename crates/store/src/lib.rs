@@ -39,14 +39,17 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
     WindowError,
 };
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
 pub use mode::{Commanded, Mode};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
@@ -61,6 +64,11 @@ pub use verify::{verify_audit, verify_store};
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

@@ -5,10 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
+use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
 use crate::collect::GcOptions;
 
-/// Settings of an embedded store.
+/// Settings of a store.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long an uploaded blob is kept without a manifest (24 h).
@@ -32,6 +33,8 @@ pub struct Options {
     pub scrub_rate: u64,
     /// The scrub reads everything once in this time (30 days).
     pub scrub_period: Duration,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -46,6 +49,7 @@ impl Default for Options {
             floor: None,
             scrub_rate: 8 << 20,
             scrub_period: Duration::from_hours(30 * 24),
+            database_connections: 16,
         }
     }
 }
@@ -87,6 +91,8 @@ pub enum BlobContent {
     Inline(Bytes),
     /// In a file of exactly `size` bytes, open for reading, immutable.
     File(std::fs::File),
+    /// In an object store, immutable.
+    Remote(RemoteBlob),
 }
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]

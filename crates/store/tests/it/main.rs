@@ -13,6 +13,7 @@ mod engine;
 mod kill;
 #[cfg(test)]
 mod modes;
+mod object_store;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
