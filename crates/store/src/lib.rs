@@ -17,6 +17,7 @@
 //! was there already, are removed. It knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod attempt;
 mod audit;
 mod blob;
 mod clock;
@@ -30,6 +31,8 @@ mod location;
 mod manifest;
 mod meta;
 mod model;
+mod pin;
+mod pull;
 mod referrer;
 mod repository;
 mod sql;
@@ -39,6 +42,7 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use clock::Timestamp;
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
@@ -47,8 +51,11 @@ pub use model::{
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use store::Store;
 pub use upload::writer::UploadWriter;
+pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
 pub use verify::{verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build

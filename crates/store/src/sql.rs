@@ -25,7 +25,7 @@ use crate::error::Error;
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value};
+pub(crate) use value::{Row, Value, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
@@ -105,6 +105,8 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
+    /// Bytes that a namespace without a quota of its own may use.
+    pub(crate) quota: Option<i64>,
 }
 
 impl Context {
@@ -160,6 +162,11 @@ impl Tx {
     /// A new row id.
     pub(crate) fn id(&self) -> i64 {
         self.context.clock.id()
+    }
+
+    /// The quota of namespaces that have none of their own, in bytes.
+    pub(crate) fn default_quota(&self) -> Option<i64> {
+        self.context.quota
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

@@ -42,6 +42,7 @@ fn context() -> Context {
     Context {
         clock: Arc::default(),
         signal: Arc::new(watch::channel(0).0),
+        quota: None,
     }
 }
 

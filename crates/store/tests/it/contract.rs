@@ -33,6 +33,7 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         assert_sound(store).await;
         uploads_end(store).await;
         what_was_reported_is_kept(store).await;
+        crate::reports::keep_the_contract(store).await;
         damage_is_healed(&engine).await;
         assert_sound(store).await;
         engine.store.clone().close().await.unwrap();
