@@ -117,6 +117,8 @@ pub(crate) struct Context {
     pub(crate) signal: Arc<watch::Sender<i64>>,
     /// Whether users may write now.
     pub(crate) gate: Arc<Gate>,
+    /// Bytes that a namespace without a quota of its own may use.
+    pub(crate) quota: Option<i64>,
 }
 
 impl Context {
@@ -196,6 +198,11 @@ impl Tx {
             Connection::Sqlite(_) => Ok(()),
             Connection::Postgres(session) => session.exclude_users().await,
         }
+    }
+
+    /// The quota of namespaces that have none of their own, in bytes.
+    pub(crate) fn default_quota(&self) -> Option<i64> {
+        self.context.quota
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

@@ -26,7 +26,7 @@ use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -38,6 +38,14 @@ pub(crate) struct Inner {
     pub(crate) db: Db,
     pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
     pub(crate) collector: collect::Collector,
@@ -97,6 +105,7 @@ impl Store {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
             gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
         };
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, context.clone()).await?;
@@ -123,6 +132,11 @@ impl Store {
             db,
             objects,
             claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
             collector: collect::Collector::default(),
@@ -145,16 +159,21 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
         // On a full disk the log is folded into the database at the next start; nothing of it is lost.
-        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
         inner
             .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        sealed.and(closed)
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
@@ -223,7 +242,7 @@ impl Store {
             }
         }
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
+        usage::maintain(inner).await?;
         let retention = inner.options.event_retention;
         inner.db.write(event::Prune { retention }).await
     }
@@ -480,7 +499,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -629,22 +648,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.

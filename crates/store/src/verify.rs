@@ -22,6 +22,7 @@ use crate::error::Error;
 use crate::model::VerifyReport;
 use crate::sql::{self, Context, Row, Tx, statements};
 use crate::upload::writer::digest_of_file;
+use crate::usage;
 
 statements! {
     BLOBS = "SELECT id, digest, size, body, storage_key, state FROM blob WHERE id > $1 ORDER BY id LIMIT 64";
@@ -136,6 +137,7 @@ fn context() -> Context {
         gate: Arc::default(),
         clock: Arc::new(Clock::default()),
         signal: Arc::new(watch::channel(0).0),
+        quota: None,
     }
 }
 
@@ -185,6 +187,7 @@ pub(crate) async fn check(
     check_manifests(tx, report).await?;
     check_tags(tx, report).await?;
     check_uploads(tx, report).await?;
+    usage::check(tx, &mut report.problems).await?;
     for row in tx.query(&UNFILLED, &[]).await? {
         report.problems.push(format!(
             "an edge of repository `{}` to blob `{}` is not filled although the blob is there",

@@ -43,6 +43,7 @@ fn context() -> Context {
         gate: Arc::default(),
         clock: Arc::default(),
         signal: Arc::new(watch::channel(0).0),
+        quota: None,
     }
 }
 

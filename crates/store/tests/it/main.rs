@@ -18,5 +18,6 @@ mod object_store;
 mod postgres;
 #[cfg(test)]
 mod scrub;
+mod reports;
 #[cfg(test)]
 mod uploads;
