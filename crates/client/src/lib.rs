@@ -28,5 +28,5 @@ mod registry;
 mod transport;
 
 pub use error::Error;
-pub use registry::{FetchedManifest, MAX_MANIFEST, Repository};
+pub use registry::{BlobReader, FetchedManifest, MAX_MANIFEST, Repository};
 pub use transport::{Client, Config, Retries};

@@ -3,6 +3,8 @@
 pub(crate) mod agent;
 mod artifact;
 mod completions;
+mod export;
+mod import;
 mod login;
 pub(crate) mod proof;
 mod release;
@@ -39,7 +41,9 @@ impl Cli {
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
             Command::Login(command) => command.run(&global).await,
@@ -149,6 +153,10 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
+    Import(import::Import),
+    /// Write repositories into a directory of OCI layouts.
+    Export(export::Export),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// The audit record.
