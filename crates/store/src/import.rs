@@ -103,7 +103,8 @@ impl Content {
 /// A blob that comes in chunks.
 pub trait Chunks: Send {
     /// The next chunk; `None` at the end.
-    fn next(&mut self) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>>;
+    fn next(&mut self)
+    -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>>;
 }
 
 /// What a repository of a source holds.
@@ -399,8 +400,14 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
             })?,
         };
         let contents = self.source.contents(from).await?;
-        let mut plan =
-            Plan::make(self.source, from, contents, self.plans.untagged, self.parallel).await?;
+        let mut plan = Plan::make(
+            self.source,
+            from,
+            contents,
+            self.plans.untagged,
+            self.parallel,
+        )
+        .await?;
         for problem in std::mem::take(&mut plan.problems) {
             change(self.state, |state| state.problem(Some(from), problem));
         }
@@ -654,7 +661,9 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
                 });
             });
         };
-        change(self.state, |state| state.report.destination.repositories += 1);
+        change(self.state, |state| {
+            state.report.destination.repositories += 1
+        });
         for (tag, digest) in &plan.tags {
             let there = self.sink.tag(into, tag).await?;
             if there.as_ref() == Some(digest) {
@@ -712,7 +721,9 @@ struct FileChunks {
 }
 
 impl Chunks for FileChunks {
-    fn next(&mut self) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
+    fn next(
+        &mut self,
+    ) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
         Box::pin(async move {
             if self.at == self.size {
                 return Ok(None);
@@ -743,7 +754,9 @@ impl Chunks for FileChunks {
 struct Once(Option<Bytes>);
 
 impl Chunks for Once {
-    fn next(&mut self) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
+    fn next(
+        &mut self,
+    ) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
         Box::pin(async move { Ok(self.0.take()) })
     }
 }

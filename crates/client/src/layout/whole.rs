@@ -11,8 +11,8 @@ use oci::{Descriptor, Digest, Hasher, Tag};
 use serde_json::json;
 
 use super::{
-    Durable, INDEX, Layout, MARKER, REF_NAME, VERSION, durable, empty_index, encode, make_directory,
-    mismatch,
+    Durable, INDEX, Layout, MARKER, REF_NAME, VERSION, durable, empty_index, encode,
+    make_directory, mismatch,
 };
 use crate::Error;
 
@@ -23,7 +23,9 @@ impl Layout {
     /// When the directory cannot be made, or holds files that are no layout's.
     pub async fn create_in_tree(root: &Path) -> Result<Self, Error> {
         let there = |path: std::path::PathBuf| async move {
-            tokio::fs::try_exists(&path).await.map_err(Error::file(&path))
+            tokio::fs::try_exists(&path)
+                .await
+                .map_err(Error::file(&path))
         };
         if there(root.join(MARKER)).await? {
             return Self::open(root).await;

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use clap::Args;
 use client::layout::{Layout, REF_NAME};
 use oci::{Descriptor, Digest, Manifest, RepositoryName, Tag};
-use store::import::{
-    self, Arrival, Content, Entry, Failure, Placed, Plans, Sink, StoreSource,
-};
+use store::import::{self, Arrival, Content, Entry, Failure, Placed, Plans, Sink, StoreSource};
+
+use tokio::sync::OnceCell;
 
 use super::Global;
 use super::import::{Live, beside_maintenance, plans, show};
@@ -70,6 +70,8 @@ impl Export {
 /// A tree of layouts that takes content in.
 struct Directories {
     root: PathBuf,
+    /// Opened or made once each: many blobs of a repository come at one time.
+    layouts: Mutex<HashMap<RepositoryName, Arc<OnceCell<Layout>>>>,
     /// Repositories that are done or begun in this run, by blob: where a file can be shared from.
     written: Mutex<HashMap<Digest, RepositoryName>>,
     /// The tags of layouts that were read a moment ago.
@@ -80,14 +82,21 @@ impl Directories {
     fn new(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
+            layouts: Mutex::default(),
             written: Mutex::default(),
             tags: Mutex::default(),
         }
     }
 
     async fn layout(&self, repository: &RepositoryName) -> Result<Layout, Failure> {
-        Layout::create_in_tree(&self.root.join(repository.as_str()))
+        let cell = match self.layouts.lock() {
+            Ok(mut layouts) => Arc::clone(layouts.entry(repository.clone()).or_default()),
+            Err(_) => Arc::default(),
+        };
+        let path = self.root.join(repository.as_str());
+        cell.get_or_try_init(|| Layout::create_in_tree(&path))
             .await
+            .cloned()
             .map_err(Failure::fatal)
     }
 
@@ -109,11 +118,7 @@ impl Sink for Directories {
         true
     }
 
-    async fn tag(
-        &self,
-        repository: &RepositoryName,
-        tag: &Tag,
-    ) -> Result<Option<Digest>, Failure> {
+    async fn tag(&self, repository: &RepositoryName, tag: &Tag) -> Result<Option<Digest>, Failure> {
         if let Ok(known) = self.tags.lock()
             && let Some(tags) = known.get(repository)
         {
@@ -227,7 +232,11 @@ impl Sink for Directories {
         writer.commit(&arrival.digest).await.map_err(Failure::fatal)
     }
 
-    async fn finish(&self, repository: &RepositoryName, entries: Vec<Entry>) -> Result<(), Failure> {
+    async fn finish(
+        &self,
+        repository: &RepositoryName,
+        entries: Vec<Entry>,
+    ) -> Result<(), Failure> {
         let layout = self.layout(repository).await?;
         let entries: Vec<_> = entries
             .into_iter()

@@ -8,10 +8,10 @@ use std::str::FromStr;
 use clap::Args;
 use oci::RepositoryName;
 use registry::Glob;
+use store::Store;
 use store::import::{
     self, Distribution, Layouts, Placement, Plans, Report, Shape, Source, StoreSink,
 };
-use store::Store;
 
 use super::Global;
 use crate::output::{self, Exit, Refused};
@@ -201,7 +201,13 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
         }
         output::table(
             &[
-                "", "REPOSITORIES", "TAGS", "MANIFESTS", "BLOBS", "REFERRERS", "BYTES",
+                "",
+                "REPOSITORIES",
+                "TAGS",
+                "MANIFESTS",
+                "BLOBS",
+                "REFERRERS",
+                "BYTES",
             ],
             &rows,
         );
@@ -209,12 +215,19 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
         if !report.dry_run {
             output::line(format!(
                 "{} manifests and {} tags written; blobs: {} copied, {} shared, {} linked, {} were there",
-                moved.manifests, moved.tags, moved.copied, moved.reflinked, moved.linked, moved.skipped
+                moved.manifests,
+                moved.tags,
+                moved.copied,
+                moved.reflinked,
+                moved.linked,
+                moved.skipped
             ));
         }
         for problem in &report.problems {
             match &problem.repository {
-                Some(repository) => output::line(format!("skipped: {repository}: {}", problem.message)),
+                Some(repository) => {
+                    output::line(format!("skipped: {repository}: {}", problem.message))
+                }
                 None => output::line(format!("skipped: {}", problem.message)),
             }
         }

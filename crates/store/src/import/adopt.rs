@@ -170,11 +170,7 @@ impl Sink for StoreSink {
         self.store.inner().options.allow_sparse
     }
 
-    async fn tag(
-        &self,
-        repository: &RepositoryName,
-        tag: &Tag,
-    ) -> Result<Option<Digest>, Failure> {
+    async fn tag(&self, repository: &RepositoryName, tag: &Tag) -> Result<Option<Digest>, Failure> {
         let state = self.store.tag(repository, tag).await.map_err(fatal)?;
         Ok(state.map(|state| state.digest))
     }
@@ -306,7 +302,11 @@ impl Sink for StoreSink {
         }
     }
 
-    async fn finish(&self, _repository: &RepositoryName, _entries: Vec<Entry>) -> Result<(), Failure> {
+    async fn finish(
+        &self,
+        _repository: &RepositoryName,
+        _entries: Vec<Entry>,
+    ) -> Result<(), Failure> {
         // Rows are the list.
         Ok(())
     }
@@ -450,7 +450,9 @@ impl Chunks for Pieces {
                 .await
                 .map_err(|error| Failure::Broken(error.to_string()))?;
             if piece.is_empty() {
-                return Err(Failure::Broken("an object is shorter than its row says".to_owned()));
+                return Err(Failure::Broken(
+                    "an object is shorter than its row says".to_owned(),
+                ));
             }
             self.at += piece.len() as u64;
             Ok(Some(piece))
@@ -510,7 +512,12 @@ fn reflink(path: &Path, from: &File) -> Result<bool, Error> {
     };
     std::fs::remove_file(path).map_err(|error| Error::io("remove", path, error))?;
     match error {
-        Errno::XDEV | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOTTY | Errno::NOSYS | Errno::PERM
+        Errno::XDEV
+        | Errno::OPNOTSUPP
+        | Errno::INVAL
+        | Errno::NOTTY
+        | Errno::NOSYS
+        | Errno::PERM
         | Errno::ACCESS => Ok(false),
         error => Err(Error::io("share blocks into", path, error.into())),
     }
@@ -523,8 +530,13 @@ fn link(path: &Path, from: &File) -> Result<bool, Error> {
     match linkat(CWD, own.as_str(), CWD, path, AtFlags::SYMLINK_FOLLOW) {
         Ok(()) => Ok(true),
         Err(
-            Errno::XDEV | Errno::PERM | Errno::ACCESS | Errno::MLINK | Errno::OPNOTSUPP
-            | Errno::NOENT | Errno::NOSYS,
+            Errno::XDEV
+            | Errno::PERM
+            | Errno::ACCESS
+            | Errno::MLINK
+            | Errno::OPNOTSUPP
+            | Errno::NOENT
+            | Errno::NOSYS,
         ) => Ok(false),
         Err(error) => Err(Error::io("link", path, error.into())),
     }

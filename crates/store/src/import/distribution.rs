@@ -67,9 +67,10 @@ impl Distribution {
                     // `_layers`, `_uploads`: no component of a name begins so.
                     Kind::Directory if entry.name.starts_with('_') => {}
                     Kind::Directory if below.len() <= MAX_NAME => open.push(below),
-                    Kind::Other => found
-                        .problems
-                        .push(format!("`{}` is no directory", self.tree.at(&format!("{path}/{}", entry.name)))),
+                    Kind::Other => found.problems.push(format!(
+                        "`{}` is no directory",
+                        self.tree.at(&format!("{path}/{}", entry.name))
+                    )),
                     Kind::Directory | Kind::File => {}
                 }
             }
@@ -109,9 +110,10 @@ impl Distribution {
                 .map_err(Failure::Broken)?;
             for entry in listed.unwrap_or_default() {
                 let Some(digest) = digest_of(&algorithm, &entry.name) else {
-                    contents
-                        .problems
-                        .push(format!("revision `{algorithm}:{}` is no digest", entry.name));
+                    contents.problems.push(format!(
+                        "revision `{algorithm}:{}` is no digest",
+                        entry.name
+                    ));
                     continue;
                 };
                 // The link of a manifest that was deleted is gone.

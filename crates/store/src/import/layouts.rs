@@ -136,8 +136,8 @@ impl Inner {
             .read(&path, MAX_INDEX)
             .map_err(Failure::Broken)?
             .ok_or_else(|| broken("is missing"))?;
-        let index: Value =
-            serde_json::from_slice(&text).map_err(|error| broken(&format!("cannot be read: {error}")))?;
+        let index: Value = serde_json::from_slice(&text)
+            .map_err(|error| broken(&format!("cannot be read: {error}")))?;
         let entries = index
             .get("manifests")
             .and_then(Value::as_array)
@@ -162,9 +162,9 @@ impl Inner {
                 match tag_of(name) {
                     None => {
                         listed.wanted = true;
-                        contents
-                            .problems
-                            .push(format!("`{name}` is no tag, its manifest comes without one"));
+                        contents.problems.push(format!(
+                            "`{name}` is no tag, its manifest comes without one"
+                        ));
                     }
                     Some(tag) => {
                         let other = contents.tags.insert(tag.clone(), listed.digest.clone());
@@ -201,7 +201,10 @@ impl Inner {
             return Ok(None);
         };
         let path = blob(layout, digest);
-        Ok(self.tree.file(&path)?.map(|(file, size)| (file, size, path)))
+        Ok(self
+            .tree
+            .file(&path)?
+            .map(|(file, size)| (file, size, path)))
     }
 
     /// Looks where the bytes of every blob lie. What cannot be read has none.

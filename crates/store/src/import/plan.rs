@@ -133,7 +133,13 @@ impl Plan {
                 let Some(mut node) = node else {
                     continue;
                 };
-                next.extend(attached.remove(&digest).into_iter().flatten().map(|d| (d, Why::Referrer)));
+                next.extend(
+                    attached
+                        .remove(&digest)
+                        .into_iter()
+                        .flatten()
+                        .map(|d| (d, Why::Referrer)),
+                );
                 next.extend(node.children.iter().map(|d| (d.clone(), Why::Child)));
                 next.extend(node.subject.iter().map(|d| (d.clone(), Why::Subject)));
                 node.listed = why != Why::Child;
@@ -199,7 +205,11 @@ impl Plan {
         let mut seen = HashSet::new();
         let mut add = |blob: &Descriptor| {
             if !blob.is_foreign() && seen.insert(blob.digest.clone()) {
-                blobs.push(Descriptor::new(&blob.media_type, blob.digest.clone(), blob.size));
+                blobs.push(Descriptor::new(
+                    &blob.media_type,
+                    blob.digest.clone(),
+                    blob.size,
+                ));
             }
         };
         view.blobs().for_each(&mut add);

@@ -69,9 +69,8 @@ impl Tree {
                 continue;
             }
             let kind = match entry.file_type() {
-                FileType::Unknown => {
-                    statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| FileType::from_raw_mode(stat.st_mode))
-                }
+                FileType::Unknown => statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .map(|stat| FileType::from_raw_mode(stat.st_mode)),
                 known => Ok(known),
             };
             let kind = match kind.map_err(failed)? {
@@ -136,23 +135,34 @@ impl Tree {
         }
         while let Some(component) = components.next() {
             if component == "." || component == ".." || component.contains('\0') {
-                return Err(format!("`{path}` is no path within `{}`", self.root.display()));
+                return Err(format!(
+                    "`{path}` is no path within `{}`",
+                    self.root.display()
+                ));
             }
             let flags = if components.peek().is_some() {
                 always | OFlags::DIRECTORY
             } else {
                 always | last
             };
-            let parent = here.as_ref().map_or(self.directory.as_fd(), |fd| fd.as_fd());
+            let parent = here
+                .as_ref()
+                .map_or(self.directory.as_fd(), |fd| fd.as_fd());
             match openat(parent, component, flags, Mode::empty()) {
                 Ok(next) => here = Some(next),
                 Err(Errno::NOENT) => return Ok(None),
                 Err(Errno::LOOP) => return Err(self.is_link(path)),
                 // With DIRECTORY a link is told as "not a directory".
                 Err(Errno::NOTDIR) => {
-                    let link = statat(parent, component, AtFlags::SYMLINK_NOFOLLOW)
-                        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink);
-                    return if link { Err(self.is_link(path)) } else { Ok(None) };
+                    let link =
+                        statat(parent, component, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+                            FileType::from_raw_mode(stat.st_mode) == FileType::Symlink
+                        });
+                    return if link {
+                        Err(self.is_link(path))
+                    } else {
+                        Ok(None)
+                    };
                 }
                 Err(error) => return Err(self.failed("open", path, error)),
             }
