@@ -5,13 +5,15 @@
 //! rights are not.
 
 pub(crate) mod file_system;
+pub(crate) mod objects;
+pub(crate) mod s3;
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use oci::{Digest, RepositoryName};
 
 use crate::collect::{self, Kind};
@@ -23,7 +25,7 @@ use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Tx, statements};
 use crate::store::Inner;
 use crate::{audit, manifest};
-use file_system::StorageKey;
+pub(crate) use file_system::StorageKey;
 
 statements! {
     STAT = "SELECT b.size, rb.lease_until, CAST(CASE WHEN EXISTS ( \
@@ -75,7 +77,7 @@ pub(crate) async fn stat(
     Ok(Some(info))
 }
 
-/// Opens a blob: one query and one `open`.
+/// Opens a blob: one query and one `open`; of an object store nothing is asked before its bytes are.
 pub(crate) async fn open(
     inner: &Inner,
     repository: &RepositoryName,
@@ -95,7 +97,7 @@ pub(crate) async fn open(
         )));
     }
     let content = match row.opt_text(2)? {
-        Some(key) => BlobContent::File(inner.objects.read(&StorageKey::parse(&key)?, size)?),
+        Some(key) => inner.objects.read(&StorageKey::parse(&key)?, size)?,
         None => BlobContent::Inline(Bytes::from(row.take_bytes(1)?)),
     };
     Ok(Some(Blob { size, content }))
@@ -105,7 +107,7 @@ impl Blob {
     /// Reads a range whole, for small blobs and tests. What lies after the end is left out.
     ///
     /// # Errors
-    /// [`Error::Database`] when the file cannot be read.
+    /// [`Error::Database`] when the file cannot be read; [`Error::Unavailable`] of an object store.
     pub async fn read(&self, range: Range<u64>) -> Result<Bytes, Error> {
         let end = range.end.min(self.size);
         let start = range.start.min(end);
@@ -129,6 +131,25 @@ impl Blob {
                 .unwrap_or_else(|_| Err(std::io::Error::other("the reader stopped")))
                 .map_err(failed)
             }
+            BlobContent::Remote(blob) => {
+                let mut stream = blob.stream(start..end).await?;
+                let mut buffer = BytesMut::new();
+                while let Some(bytes) = stream.next().await? {
+                    buffer.extend_from_slice(&bytes);
+                }
+                Ok(buffer.freeze())
+            }
+        }
+    }
+
+    /// A URL with which anybody may read the whole blob for `ttl`, when its bytes are in an object store.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when there are no credentials to sign with.
+    pub async fn presign(&self, ttl: Duration) -> Result<Option<String>, Error> {
+        match &self.content {
+            BlobContent::Inline(_) | BlobContent::File(_) => Ok(None),
+            BlobContent::Remote(blob) => blob.presign(ttl).await.map(Some),
         }
     }
 }

@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::blob::file_system::StorageKey;
+use crate::blob::StorageKey;
+use crate::blob::objects::Removal;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -27,7 +28,9 @@ statements! {
                    WHERE q.kind = 'upload' AND q.due_at <= $1 ORDER BY q.due_at LIMIT 50";
     DISCARD = "INSERT INTO deletion (storage_key, due_at, attempts) VALUES ($1, $2, 0) \
                ON CONFLICT (storage_key) DO NOTHING";
-    DUE_DELETIONS = "SELECT storage_key FROM deletion WHERE due_at <= $1 ORDER BY due_at LIMIT 100";
+    DISCARD_MULTIPART = "INSERT INTO deletion (storage_key, due_at, attempts, multipart) VALUES ($1, $2, 0, $3) \
+                         ON CONFLICT (storage_key) DO NOTHING";
+    DUE_DELETIONS = "SELECT storage_key, multipart FROM deletion WHERE due_at <= $1 ORDER BY due_at LIMIT 100";
     DELETED = "DELETE FROM deletion WHERE storage_key = $1";
     POSTPONE = "UPDATE deletion SET due_at = $2, attempts = attempts + 1 WHERE storage_key = $1";
     COUNT_DELETIONS = "SELECT COUNT(*) FROM deletion";
@@ -96,6 +99,22 @@ pub(crate) async fn discard(tx: &mut Tx, key: &str, due: Timestamp) -> Result<()
         .map(drop)
 }
 
+/// Puts the object of a multipart upload into the outbox. The upload is aborted before: the one of this id, or, where
+/// it is empty, every one of this key.
+pub(crate) async fn discard_multipart(
+    tx: &mut Tx,
+    key: &str,
+    multipart: &str,
+    due: Timestamp,
+) -> Result<(), Error> {
+    tx.execute(
+        &DISCARD_MULTIPART,
+        &[key.into(), due.into(), multipart.into()],
+    )
+    .await
+    .map(drop)
+}
+
 /// Expires uploads that are due; how many were looked at.
 pub(crate) async fn expire_uploads(inner: &Arc<Inner>) -> Result<usize, Error> {
     let now = inner.clock.now();
@@ -130,23 +149,15 @@ pub(crate) async fn serve_outbox(inner: &Arc<Inner>) -> Result<usize, Error> {
     if due.is_empty() {
         return Ok(0);
     }
-    let mut keys = Vec::with_capacity(due.len());
+    let mut removals = Vec::with_capacity(due.len());
     for row in &due {
-        keys.push(StorageKey::parse(&row.text(0)?)?);
+        removals.push(Removal {
+            key: StorageKey::parse(&row.text(0)?)?,
+            multipart: row.opt_text(1)?,
+        });
     }
     failpoint("outbox.before_remove");
-    let objects = Arc::clone(inner);
-    let results = tokio::task::spawn_blocking(move || {
-        keys.into_iter()
-            .map(|key| {
-                let result = objects.objects.remove(&key);
-                failpoint("outbox.after_remove");
-                (key, result)
-            })
-            .collect::<Vec<_>>()
-    })
-    .await
-    .map_err(|_| Error::Stopped)?;
+    let results = inner.objects.remove(removals).await;
     failpoint("outbox.after_entry_sync");
     let mut gone = Vec::new();
     let mut stuck = Vec::new();

@@ -40,6 +40,7 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
@@ -56,6 +57,11 @@ pub use verify::{verify_audit, verify_store};
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

@@ -5,9 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
+use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
 
-/// Settings of an embedded store.
+/// Settings of a store.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long an uploaded blob is kept without a manifest (24 h).
@@ -22,6 +23,9 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// How long the object of a collected blob is kept in an object store, for reads that have begun and URLs that
+    /// were handed out (1 h). An open file needs no such time.
+    pub read_grace: Duration,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -32,6 +36,7 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            read_grace: Duration::from_hours(1),
         }
     }
 }
@@ -73,6 +78,8 @@ pub enum BlobContent {
     Inline(Bytes),
     /// In a file of exactly `size` bytes, open for reading, immutable.
     File(std::fs::File),
+    /// In an object store, immutable.
+    Remote(RemoteBlob),
 }
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]

@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +9,10 @@ use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::task::TaskTracker;
 
+use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
 use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -19,8 +22,8 @@ use crate::model::{
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
 use crate::sql::{Context, Db, Row};
-use crate::upload::claim::{Claims, Slot};
-use crate::upload::writer::{MEMORY, Session, UploadWriter};
+use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
     audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
 };
@@ -32,7 +35,7 @@ pub struct Store(Arc<Inner>);
 /// What all clones and all writers share.
 pub(crate) struct Inner {
     pub(crate) db: Db,
-    pub(crate) objects: FileSystem,
+    pub(crate) objects: Objects,
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
@@ -67,33 +70,41 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let ObjectLocation::Directory(dir) = &location.objects else {
-            return Err(Error::Unavailable {
-                what: "the object store",
-                problem: "it is not supported yet".to_owned(),
-            });
-        };
         let url = match &location.database {
             DatabaseLocation::Sqlite(_) => None,
             DatabaseLocation::Postgres(url) => Some(url.clone()),
         };
-        Self::start(dir, url, options).await
+        let (dir, s3) = match (&location.objects, &location.database) {
+            (ObjectLocation::Directory(dir), _) => (Some(dir.as_path()), None),
+            (ObjectLocation::S3(s3), DatabaseLocation::Sqlite(dir)) => {
+                (Some(dir.as_path()), Some(S3::connect(s3).await?))
+            }
+            (ObjectLocation::S3(s3), DatabaseLocation::Postgres(_)) => {
+                (None, Some(S3::connect(s3).await?))
+            }
+        };
+        Self::start(dir, url, s3, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(dir, Some(url.to_owned()), options).await
+        Self::start(Some(dir), Some(url.to_owned()), None, options).await
     }
 
-    async fn start(dir: &Path, url: Option<String>, options: Options) -> Result<Self, Error> {
+    /// `dir` is absent where neither the database nor the objects are in a directory.
+    async fn start(
+        dir: Option<&Path>,
+        url: Option<String>,
+        s3: Option<S3>,
+        options: Options,
+    ) -> Result<Self, Error> {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
         };
-        let root = dir.to_owned();
         let embedded = url.is_none();
-        let (directory, sqlite) = {
+        let (directory, sqlite) = if let Some(root) = dir.map(Path::to_owned) {
             let context = context.clone();
             tokio::task::spawn_blocking(move || {
                 let directory = if embedded {
@@ -110,10 +121,12 @@ impl Store {
                 } else {
                     None
                 };
-                Ok::<_, Error>((directory, sqlite))
+                Ok::<_, Error>((Some(directory), sqlite))
             })
             .await
             .unwrap_or(Err(Error::Stopped))?
+        } else {
+            (None, None)
         };
         let db = match (sqlite, url) {
             (Some(db), _) => db,
@@ -124,21 +137,35 @@ impl Store {
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if directory.fresh {
+        if let Some(directory) = &directory
+            && directory.fresh
+        {
             directory.finish()?;
         }
+        let memory = if s3.is_some() {
+            MEMORY_FOR_PARTS
+        } else {
+            MEMORY
+        };
+        let objects = match (s3, dir) {
+            (Some(s3), _) => Objects::S3(s3),
+            (None, Some(dir)) => {
+                Objects::Directory(Arc::new(FileSystem::open(directory::objects(dir))))
+            }
+            (None, None) => return Err(Error::Stopped),
+        };
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(dir)),
-            claims: Claims::default(),
+            objects,
+            claims: Claims::new(!embedded),
             options,
             clock: context.clock,
-            memory: Arc::new(Semaphore::new(MEMORY)),
+            memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(Some(directory)),
+            directory: Mutex::new(directory),
         })))
     }
 
@@ -227,7 +254,7 @@ impl Store {
                 algorithm,
                 principal: actor.principal.clone(),
                 expiry: self.0.options.upload_expiry,
-                key: None,
+                object: None,
             })
             .await?;
         Ok(name)
@@ -269,8 +296,16 @@ impl Store {
                 }
             }
         };
-        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
-        let session = Session::resume(inner, &slot, repository, open, claim).await?;
+        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let resumed =
+            Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
+        let session = match (resumed, row_claim) {
+            (Err(error), Some(row_claim)) => {
+                row_claim.release().await;
+                return Err(error);
+            }
+            (resumed, _) => resumed?,
+        };
         *slot.session.lock().await = Some(Box::new(session));
         slot.touch();
         Ok(UploadWriter::new(inner, slot))
@@ -289,8 +324,15 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let open = upload::find(&self.0.db, repository, id, self.0.clock.now()).await?;
-        self.0.db.write(upload::Expire { id: open.id }).await
+        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let claim = row_claim.map(|claim| claim.token().to_owned());
+        self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Takes claims in the rows of uploads as replicas do, for the contract tests.
+    #[doc(hidden)]
+    pub fn share_claims(&self) {
+        self.0.claims.share();
     }
 
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
@@ -636,7 +678,17 @@ impl Store {
     /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
     #[doc(hidden)]
     pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        self.0.db.write(VerifyOpen(Arc::clone(&self.0))).await
+        let listed = self.0.objects.list().await?;
+        let (mut report, doubts) = self
+            .0
+            .db
+            .write(VerifyOpen(Arc::clone(&self.0), listed))
+            .await?;
+        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
+        report
+            .problems
+            .extend(kept.into_iter().map(|doubt| doubt.problem));
+        Ok(report)
     }
 }
 
@@ -648,22 +700,23 @@ impl std::fmt::Debug for Store {
     }
 }
 
-struct VerifyOpen(Arc<Inner>);
+struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
-    type Output = crate::VerifyReport;
+    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
 
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
-        let objects = &self.0.objects;
+    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
+        let files = self.0.objects.files().map(Arc::as_ref);
         let mut report = crate::VerifyReport::default();
         let mut doubts = Vec::new();
-        let listed = objects.list()?;
-        crate::verify::check(tx, objects, listed, &mut report, &mut doubts).await?;
-        crate::verify::settle(tx, doubts, &mut report).await?;
+        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
+        if files.is_some() {
+            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
+        }
         if let Err(problem) = audit::verify(tx).await? {
             report.problems.push(problem);
         }
-        Ok(report)
+        Ok((report, doubts))
     }
 }
 
@@ -672,6 +725,38 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+/// Finds an upload and, where other replicas may write it, claims it in its row.
+async fn claim_row(
+    inner: &Arc<Inner>,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
+    if !inner.claims.shared() {
+        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
+        return Ok((open, None));
+    }
+    let (token, asked) = (random_name()?, tokio::time::Instant::now());
+    let claimed = inner
+        .db
+        .write(upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: inner.options.claim_idle,
+        })
+        .await?;
+    match claimed {
+        Some(open) => {
+            let claim = RowClaim::new(inner, open.id, token, asked);
+            Ok((open, Some(claim)))
+        }
+        None => {
+            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+            Err(Error::UploadBusy { offset })
+        }
     }
 }
 
