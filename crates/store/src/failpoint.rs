@@ -59,6 +59,10 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_rows",
     "audit.before_seal",
     "audit.after_seal",
+    "import.before_row",
+    "import.after_row",
+    "import.after_place",
+    "import.after_sync",
 ];
 
 /// Points that are passed only where objects are in an object store.

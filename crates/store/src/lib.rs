@@ -24,6 +24,7 @@ mod directory;
 mod error;
 mod event;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;

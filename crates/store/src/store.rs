@@ -64,6 +64,11 @@ pub(crate) struct Inner {
 }
 
 impl Store {
+    /// What all clones share, for the other rooms of this crate.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Opens the embedded store in `dir`, making it when the directory is empty or missing. Takes the directory lock.
     ///
     /// # Errors
