@@ -41,7 +41,7 @@ mod verify;
 
 pub use clock::Timestamp;
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location, is_postgres};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,

@@ -7,7 +7,7 @@ use oci::{Descriptor, Digest, RepositoryName, Tag};
 
 use crate::clock::Timestamp;
 
-/// Settings of an embedded store.
+/// Settings of a store.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long an uploaded blob is kept without a manifest (24 h).
@@ -22,6 +22,8 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -32,6 +34,7 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            database_connections: 16,
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
 
 pub(crate) use migration::MIGRATIONS;
+pub(crate) use postgres::check as check_postgres;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
 pub(crate) use value::{Row, Value};

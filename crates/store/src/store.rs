@@ -43,8 +43,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Store {
@@ -68,63 +68,39 @@ impl Store {
                 problem: "it is not supported yet".to_owned(),
             });
         };
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        Self::start(dir, url, options).await
+        Self::start(location.database.clone(), dir, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(dir, Some(url.to_owned()), options).await
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), dir, options).await
     }
 
-    async fn start(dir: &Path, url: Option<String>, options: Options) -> Result<Self, Error> {
+    async fn start(
+        database: DatabaseLocation,
+        objects: &Path,
+        options: Options,
+    ) -> Result<Self, Error> {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
         };
-        let root = dir.to_owned();
-        let embedded = url.is_none();
-        let (directory, sqlite) = {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((directory, sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
-        };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
-        };
+        let (db, mut locks) = open_database(database, context.clone()).await?;
+        if !locks.iter().any(|held| held.is(objects)) {
+            let root = objects.to_owned();
+            locks.push(blocking(move || Directory::open_objects(&root)).await?);
+        }
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if directory.fresh {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(dir)),
+            objects: FileSystem::open(directory::objects(objects)),
             claims: Claims::default(),
             options,
             clock: context.clock,
@@ -133,7 +109,7 @@ impl Store {
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(Some(directory)),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -148,10 +124,10 @@ impl Store {
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
         inner
-            .directory
+            .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
+            .clear();
         sealed.and(closed)
     }
 
@@ -660,6 +636,35 @@ impl crate::sql::Body for VerifyOpen {
         }
         Ok(report)
     }
+}
+
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
 }
 
 /// Records what an idle writer wrote and gives its claim back.
