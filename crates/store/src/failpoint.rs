@@ -44,8 +44,16 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "seal.before",
+    "seal.after_numbers",
+    "seal.after_events",
     "audit.before_seal",
     "audit.after_seal",
+    "migrate.before_copy",
+    "migrate.after_copy",
+    "migrate.after_step",
+    "migrate.before_commit",
+    "migrate.after_commit",
 ];
 
 /// Passes the point of this name.

@@ -1,16 +1,18 @@
 //! The open store: one method per thing that can be done with it.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::blob::file_system::FileSystem;
-use crate::clock::{Clock, random_name};
+use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
@@ -31,7 +33,7 @@ pub struct Store(Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
-    pub(crate) db: Db,
+    pub(crate) db: Arc<Db>,
     pub(crate) objects: FileSystem,
     pub(crate) claims: Claims,
     pub(crate) options: Options,
@@ -43,6 +45,9 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
+    upkeep: Rarely,
+    /// Ended with the store.
+    background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
 }
@@ -82,11 +87,9 @@ impl Store {
         objects: &Path,
         options: Options,
     ) -> Result<Self, Error> {
-        let context = Context {
-            clock: Arc::default(),
-            signal: Arc::new(watch::channel(0).0),
-        };
-        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let context = Context::new();
+        let (db, mut locks) = open_database(database, &options, context.clone()).await?;
+        let db = Arc::new(db);
         if !locks.iter().any(|held| held.is(objects)) {
             let root = objects.to_owned();
             locks.push(blocking(move || Directory::open_objects(&root)).await?);
@@ -97,6 +100,12 @@ impl Store {
             .send_replace(event::bounds(&db).await?.newest);
         for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
+        }
+        let mut background = JoinSet::new();
+        if db.seals_events() {
+            let (sealed, followed) = (Arc::clone(&db), Arc::clone(&db));
+            background.spawn(event::keep_sealed(sealed, context.clone(), epoch.clone()));
+            background.spawn(event::follow(followed, context.clone(), epoch.clone()));
         }
         Ok(Self(Arc::new(Inner {
             db,
@@ -109,6 +118,8 @@ impl Store {
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
+            upkeep: Rarely::default(),
+            background: Mutex::new(background),
             locks: Mutex::new(locks),
         })))
     }
@@ -122,6 +133,11 @@ impl Store {
         inner.tasks.close();
         inner.tasks.wait().await;
         let sealed = seal(inner).await;
+        inner
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .abort_all();
         let closed = inner.db.close().await;
         inner
             .locks
@@ -134,9 +150,16 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
+    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await
+        meta::ping(&self.0.db).await?;
+        if self.0.db.is_read_only() {
+            return Err(Error::ReadOnly {
+                reason: "the database takes no writes".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -145,17 +168,22 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// Runs background work (expiry of uploads and events, outbox of deletions, sealing) until the future is dropped.
+    /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
-        let mut tick = tokio::time::interval(MAINTENANCE);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut failing = false;
         loop {
-            tick.tick().await;
             match self.maintain_once().await {
-                Ok(()) => {}
+                Ok(()) => failing = false,
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                // Once for each outage: it is tried again every second.
+                Err(error) if !failing => {
+                    failing = true;
+                    tracing::warn!(%error, "background work failed, it is tried again");
+                }
+                Err(error) => tracing::debug!(%error, "background work still fails"),
             }
+            tokio::time::sleep(between_rounds()).await;
         }
     }
 
@@ -175,8 +203,21 @@ impl Store {
         while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
         while inner.db.write(usage::Fold).await? {}
-        let retention = inner.options.event_retention;
-        inner.db.write(event::Prune { retention }).await
+        let now = inner.clock.now();
+        event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
+        if inner.upkeep.due(now) {
+            inner.db.write(meta::ForgetMarks).await?;
+        }
+        Ok(())
+    }
+
+    /// Numbers every event that is committed and seals every audit record, as the background work does.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn seal(&self) -> Result<(), Error> {
+        seal(&self.0).await
     }
 
     /// Starts an upload (end-4a, end-4c). `algorithm` is what `digest-algorithm` asked for.
@@ -641,6 +682,7 @@ impl crate::sql::Body for VerifyOpen {
 /// Opens the database with the lock of its directory, where it has one.
 async fn open_database(
     location: DatabaseLocation,
+    options: &Options,
     context: Context,
 ) -> Result<(Db, Vec<Directory>), Error> {
     match location {
@@ -654,7 +696,8 @@ async fn open_database(
             .await
         }
         DatabaseLocation::Postgres(url) => {
-            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+            let db = Db::open_postgres(&url, options.database_connections, context).await?;
+            Ok((db, Vec::new()))
         }
     }
 }
@@ -676,8 +719,30 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {
-    while inner.db.write(audit::Seal).await? {}
-    Ok(())
+    event::seal(&inner.db, &inner.epoch).await?;
+    audit::seal(&inner.db).await
+}
+
+/// About a second; replicas that were started together drift apart.
+fn between_rounds() -> Duration {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    MAINTENANCE + Duration::from_millis(u64::from(random[0]))
+}
+
+/// Says now and then that rare work is due.
+#[derive(Default)]
+struct Rarely(AtomicI64);
+
+impl Rarely {
+    fn due(&self, now: Timestamp) -> bool {
+        let last = Timestamp(self.0.load(Ordering::Relaxed));
+        let due = now >= last.plus(RARELY);
+        if due {
+            self.0.store(now.0, Ordering::Relaxed);
+        }
+        due
+    }
 }
 
 /// The one number of a counting statement.
@@ -685,4 +750,5 @@ pub(crate) fn single(rows: &[Row]) -> Result<u64, Error> {
     rows.first().map_or(Ok(0), |row| row.u64(0))
 }
 
-const MAINTENANCE: Duration = Duration::from_secs(1);
+const MAINTENANCE: Duration = Duration::from_millis(900);
+const RARELY: Duration = Duration::from_hours(1);
