@@ -57,12 +57,20 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "seal.before",
+    "seal.after_numbers",
+    "seal.after_events",
     "audit.before_seal",
     "audit.after_seal",
     "import.before_row",
     "import.after_row",
     "import.after_place",
     "import.after_sync",
+    "migrate.before_copy",
+    "migrate.after_copy",
+    "migrate.after_step",
+    "migrate.before_commit",
+    "migrate.after_commit",
 ];
 
 /// Points that are passed only where objects are in an object store.

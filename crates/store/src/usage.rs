@@ -513,6 +513,8 @@ struct MarkAll;
 impl Body for MarkAll {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&MARK_ALL, &[]).await.map(drop)
     }
@@ -522,6 +524,8 @@ struct Falsify(RepositoryName);
 
 impl Body for Falsify {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(place) = repository::find(tx, &self.0).await? else {
@@ -547,6 +551,8 @@ struct Recount;
 
 impl Body for Recount {
     type Output = bool;
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let Some(row) = tx.query_opt(&MARKED, &[]).await? else {
