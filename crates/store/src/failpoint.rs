@@ -50,6 +50,15 @@ pub(crate) const NAMES: &[&str] = &[
     "import.after_row",
     "import.after_place",
     "import.after_sync",
+    "migrate.after_journal",
+    "migrate.after_blob_rows",
+    "migrate.after_object",
+    "migrate.after_objects",
+    "migrate.after_wipe",
+    "migrate.after_page",
+    "migrate.after_tables",
+    "migrate.after_format",
+    "migrate.after_moved",
 ];
 
 /// Points that are passed only where objects are in an object store.

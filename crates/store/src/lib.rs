@@ -36,6 +36,7 @@ mod repository;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;

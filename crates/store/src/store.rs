@@ -133,6 +133,7 @@ impl Store {
             (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
             (None, None) => return Err(Error::Stopped),
         };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal

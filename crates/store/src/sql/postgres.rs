@@ -79,6 +79,23 @@ impl Postgres {
         rows
     }
 
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        session
+            .client
+            .batch_execute(
+                "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+                 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+            )
+            .await
+            .map_err(|error| map(&error))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
+        ))
+    }
+
     pub(super) fn close(&self) {
         self.pool.permits.close();
         lock(&self.pool.idle).clear();
