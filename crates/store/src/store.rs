@@ -131,6 +131,7 @@ impl Store {
                 (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
             }
         };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
