@@ -46,6 +46,18 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_rows",
     "audit.before_seal",
     "audit.after_seal",
+    "backup.after_object",
+    "backup.after_objects",
+    "backup.before_copy",
+    "backup.after_copy",
+    "backup.after_line",
+    "backup.before_segment",
+    "backup.after_segment",
+    "backup.after_fold",
+    "backup.after_unline",
+    "restore.after_database",
+    "restore.after_objects",
+    "restore.before_format",
 ];
 
 /// Passes the point of this name.

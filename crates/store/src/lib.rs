@@ -17,7 +17,9 @@
 //! was there already, are removed. It knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod adopt;
 mod audit;
+mod backup;
 mod blob;
 mod clock;
 mod collect;
@@ -39,6 +41,10 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use adopt::{Adopted, adopt};
+pub use backup::once::{BackupMade, backup};
+pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
+pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
 pub use clock::Timestamp;
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};

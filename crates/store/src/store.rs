@@ -27,7 +27,7 @@ use crate::{
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
@@ -41,10 +41,17 @@ pub(crate) struct Inner {
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     /// Dropped last: the lock goes after everything that it protects.
     directory: Mutex<Option<Directory>>,
+}
+
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
 }
 
 impl Store {
@@ -131,6 +138,7 @@ impl Store {
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
             signal: context.signal,
             epoch,
             directory: Mutex::new(Some(directory)),
@@ -146,6 +154,7 @@ impl Store {
         inner.tasks.close();
         inner.tasks.wait().await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
         let closed = inner.db.close().await;
         inner
             .directory

@@ -79,6 +79,27 @@ impl Postgres {
         rows
     }
 
+    /// How many other connections use the database.
+    pub(super) async fn others(url: &str) -> Result<u64, Error> {
+        let pool = Arc::new(Pool {
+            url: url.to_owned(),
+            idle: Mutex::default(),
+            permits: Arc::new(Semaphore::new(1)),
+        });
+        let session = pool.take().await?;
+        let count: i64 = session
+            .client
+            .query_one(
+                "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() \
+                 AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+                &[],
+            )
+            .await
+            .map_err(|error| map(&error))?
+            .get(0);
+        Ok(count.unsigned_abs())
+    }
+
     pub(super) fn close(&self) {
         self.pool.permits.close();
         lock(&self.pool.idle).clear();

@@ -83,6 +83,7 @@ pub(crate) use statements;
 /// Every statement of every room.
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
+        crate::adopt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
         crate::collect::STATEMENTS,
