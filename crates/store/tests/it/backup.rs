@@ -196,11 +196,13 @@ async fn damage_is_found_and_earlier_points_stay() {
     let root = directory.path();
     let repository = name("a/b");
     let store = backed_up(root).await;
-    let mut points = Vec::new();
-    for seed in 0..3 {
+    push_image(&store, &repository, 0, &["v0"]).await;
+    store.ship_backup().await;
+    let first = point(&store);
+    let kept = list_backups(&root.join("backup")).unwrap().lines[0].points - 1;
+    for seed in 1..3 {
         push_image(&store, &repository, seed, &[&format!("v{seed}")]).await;
         store.ship_backup().await;
-        points.push(point(&store));
     }
     store.close().await.unwrap();
     let line = std::fs::read_dir(root.join("backup/lines"))
@@ -209,12 +211,7 @@ async fn damage_is_found_and_earlier_points_stay() {
         .unwrap()
         .unwrap()
         .path();
-    // The copy, the log from its beginning, and one segment for each push.
-    assert_eq!(
-        list_backups(&root.join("backup")).unwrap().lines[0].points,
-        5
-    );
-    let second = line.join("00000003.log");
+    let second = line.join(format!("{:08}.log", kept + 1));
     let whole = std::fs::read(&second).unwrap();
     let backup = root.join("backup");
 
@@ -224,14 +221,14 @@ async fn damage_is_found_and_earlier_points_stay() {
     assert_eq!(verify_backup(&backup).await.unwrap().problems.len(), 1);
     let refused = restore(&backup, &root.join("x"), None, &Options::default()).await;
     assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
-    let (_, old) = restored(root, Some(points[0]), "first").await;
+    let (_, old) = restored(root, Some(first), "first").await;
     assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
 
     for torn in [0, 100, 1024, whole.len() - 1] {
         std::fs::write(&second, &whole[..torn]).unwrap();
         let list = list_backups(&backup).unwrap();
         assert_eq!(list.problems.len(), 1);
-        assert_eq!(list.lines[0].points, 3);
+        assert_eq!(list.lines[0].points, kept + 1, "the copy is one as well");
         let (_, old) = restored(root, None, &format!("torn-{torn}")).await;
         assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
     }
