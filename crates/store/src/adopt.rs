@@ -11,7 +11,7 @@ use crate::audit;
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location};
 use crate::model::{Actor, Options};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
@@ -53,6 +53,7 @@ pub struct Adopted {
 
 impl Body for Adopt {
     type Output = Adopted;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Adopted, Error> {
         let now = tx.now();
@@ -103,7 +104,7 @@ impl Store {
     /// Marks this store as restored. Its own epoch is the new one after it is opened again.
     #[doc(hidden)]
     pub async fn adopt(&self, lease: Duration) -> Result<Adopted, Error> {
-        self.0
+        self.inner()
             .db
             .write(Adopt {
                 epoch: crate::clock::random_name()?,

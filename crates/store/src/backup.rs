@@ -89,15 +89,15 @@ impl Store {
     /// [`Error::InUse`] when another process writes there, [`Error::Newer`], [`Error::Damaged`], [`Error::Io`];
     /// [`Error::Unavailable`] when the database is not SQLite.
     pub async fn start_backup(&self, options: BackupOptions) -> Result<(), Error> {
-        if self.0.db.embedded().is_none() {
+        if self.inner().db.embedded().is_none() {
             return Err(Error::Unavailable {
                 what: "the backup of the database",
                 problem: "PostgreSQL is backed up with its own tools, see `docs/how-to/backup.md`"
                     .to_owned(),
             });
         }
-        files(&self.0)?;
-        let inner = Arc::clone(&self.0);
+        files(self.inner())?;
+        let inner = Arc::clone(self.inner());
         tokio::task::spawn_blocking(move || {
             let worker = Worker::start(&inner, options)?;
             inner.backup.set(worker);
@@ -109,8 +109,8 @@ impl Store {
 
     /// How the backup goes; `None` when there is none.
     pub fn backup_status(&self) -> Option<BackupStatus> {
-        let mut status = self.0.backup.get()?.status();
-        let now = self.0.clock.now();
+        let mut status = self.inner().backup.get()?.status();
+        let now = self.inner().clock.now();
         status.lag = status.point.map(|point| {
             Duration::from_micros(now.0.saturating_sub(point.0).try_into().unwrap_or_default())
         });
@@ -120,7 +120,7 @@ impl Store {
     /// Makes a restorable point now, when there is a backup.
     #[doc(hidden)]
     pub async fn ship_backup(&self) {
-        if let Some(worker) = self.0.backup.get() {
+        if let Some(worker) = self.inner().backup.get() {
             let _ = tokio::task::spawn_blocking(move || worker.ship()).await;
         }
     }

@@ -11,7 +11,7 @@ use oci::{Digest, RepositoryName, Tag};
 
 use crate::error::Error;
 use crate::model::{Actor, Event, EventBounds, EventKind};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     NEXT = "UPDATE counter SET value = value + 1 WHERE name = 'event' RETURNING value";
@@ -116,6 +116,7 @@ pub(crate) struct Prune {
 
 impl Body for Prune {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let before = tx.now().minus(self.retention);
@@ -137,6 +138,7 @@ fn name(kind: EventKind) -> &'static str {
         EventKind::ManifestDeleted => "manifest.deleted",
         EventKind::TagUpdated => "tag.updated",
         EventKind::TagDeleted => "tag.deleted",
+        EventKind::RepositoryDeleted => "repository.deleted",
     }
 }
 
@@ -146,6 +148,7 @@ fn kind(name: &str) -> Result<EventKind, Error> {
         "manifest.deleted" => EventKind::ManifestDeleted,
         "tag.updated" => EventKind::TagUpdated,
         "tag.deleted" => EventKind::TagDeleted,
+        "repository.deleted" => EventKind::RepositoryDeleted,
         other => return Err(Error::Database(format!("unknown event kind `{other}`"))),
     })
 }

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
+use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use sqlite::{
@@ -28,7 +29,7 @@ pub(crate) use sqlite::{
     snapshot as sqlite_snapshot,
 };
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value, decode_digest};
+pub(crate) use value::{Row, Value, decode_digest, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
@@ -96,6 +97,14 @@ impl Db {
         }
     }
 
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
+        }
+    }
+
     /// Waits until the database has stopped after a failure of its own.
     pub(crate) async fn stopped(&self) {
         match self {
@@ -121,6 +130,8 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
 }
 
 impl Context {
@@ -141,7 +152,22 @@ impl Context {
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
+    /// Who writes, and so whether it may run in a read-only mode.
+    const KIND: WriteKind = WriteKind::User;
+
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// Whose write a transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteKind {
+    /// A caller's: refused in every read-only mode.
+    User,
+    /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
+    /// the mode was commanded.
+    Delete,
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    Maintenance,
 }
 
 /// A transaction that is running.
@@ -176,6 +202,15 @@ impl Tx {
     /// A new row id.
     pub(crate) fn id(&self) -> i64 {
         self.context.clock.id()
+    }
+
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends. On SQLite the one
+    /// writer does both.
+    pub(crate) async fn exclude_users(&mut self) -> Result<(), Error> {
+        match &mut self.connection {
+            Connection::Sqlite(_) => Ok(()),
+            Connection::Postgres(session) => session.exclude_users().await,
+        }
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

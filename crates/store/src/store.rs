@@ -14,11 +14,12 @@ use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, Slot};
 use crate::upload::writer::{MEMORY, Session, UploadWriter};
 use crate::{
@@ -36,6 +37,10 @@ pub(crate) struct Inner {
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -92,6 +97,7 @@ impl Store {
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(Gate::of_directory(dir, options.floor)),
         };
         let root = dir.to_owned();
         let embedded = url.is_none();
@@ -103,6 +109,8 @@ impl Store {
                 } else {
                     Directory::open_objects(&root)?
                 };
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
                 let sqlite = if embedded {
                     Some(Db::open_sqlite(
                         &directory::database(&root),
@@ -135,6 +143,9 @@ impl Store {
             claims: Claims::default(),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
@@ -156,6 +167,8 @@ impl Store {
         let sealed = seal(inner).await;
         inner.backup.close().await;
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
             .directory
             .lock()
@@ -178,34 +191,57 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// What all clones share, for the rooms that add methods to a store.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
     pub async fn maintain(&self) {
+        // Apart: a slow object store must not delay the rest.
+        tokio::join!(self.upkeep(), collect::work(&self.0));
+    }
+
+    async fn upkeep(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
             tick.tick().await;
-            match self.maintain_once().await {
-                Ok(()) => {}
+            match self.upkeep_once().await {
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
         while inner.db.write(usage::Fold).await? {}
         let retention = inner.options.event_retention;
@@ -259,6 +295,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -300,13 +337,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -656,6 +694,7 @@ struct VerifyOpen(Arc<Inner>);
 
 impl crate::sql::Body for VerifyOpen {
     type Output = crate::VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
         let objects = &self.0.objects;
@@ -676,6 +715,16 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 

@@ -123,6 +123,7 @@ fn check_present(dir: &Path) -> Result<(), Error> {
 
 fn context() -> Context {
     Context {
+        gate: Arc::default(),
         clock: Arc::new(Clock::default()),
         signal: Arc::new(watch::channel(0).0),
     }

@@ -60,6 +60,7 @@ pub async fn restore(
     let context = Context {
         clock: Arc::new(Clock::default()),
         signal: Arc::new(watch::channel(0).0),
+        gate: Arc::default(),
     };
     let database = prepared.database.clone();
     let db = tokio::task::spawn_blocking(move || Db::open_sqlite(&database, false, context))

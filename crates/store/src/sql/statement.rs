@@ -86,19 +86,21 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::adopt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
-        crate::collect::STATEMENTS,
         crate::event::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
+        crate::mode::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::scrub::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,
         crate::verify::STATEMENTS,
     ]
     .into_iter()
+    .chain(crate::collect::STATEMENTS)
     .flatten()
     .copied()
 }

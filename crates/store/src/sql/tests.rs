@@ -40,6 +40,7 @@ static SECOND: &[Migration] = &[
 
 fn context() -> Context {
     Context {
+        gate: Arc::default(),
         clock: Arc::default(),
         signal: Arc::new(watch::channel(0).0),
     }

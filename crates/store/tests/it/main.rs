@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod backup;
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
@@ -12,6 +14,10 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod modes;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod scrub;
 #[cfg(test)]
 mod uploads;
