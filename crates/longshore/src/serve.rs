@@ -47,6 +47,15 @@ impl Registry {
             .with_context(|| {
                 format!("cannot open the data directory `{}`", config.data.display())
             })?;
+        if let Some(backup) = &config.backup {
+            let started = store.start_backup(backup.clone()).await;
+            started.with_context(|| {
+                format!(
+                    "cannot back up into the directory `{}`",
+                    backup.directory.display()
+                )
+            })?;
+        }
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
