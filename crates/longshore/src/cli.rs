@@ -3,7 +3,10 @@
 pub(crate) mod agent;
 mod artifact;
 mod completions;
+mod export;
+mod import;
 mod login;
+mod mode;
 pub(crate) mod proof;
 mod release;
 mod server;
@@ -39,12 +42,15 @@ impl Cli {
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
             Command::Login(command) => command.run(&global).await,
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
+            Command::Mode(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
@@ -110,6 +116,11 @@ impl Global {
     }
 }
 
+/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
+    login::host(text.unwrap_or("127.0.0.1:5050"))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the registry.
@@ -149,6 +160,12 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Show or set whether a registry takes writes.
+    Mode(mode::Mode),
+    /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
+    Import(import::Import),
+    /// Write repositories into a directory of OCI layouts.
+    Export(export::Export),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// The audit record.
