@@ -71,6 +71,15 @@ pub(crate) const NAMES: &[&str] = &[
     "migrate.after_step",
     "migrate.before_commit",
     "migrate.after_commit",
+    "migrate.after_journal",
+    "migrate.after_blob_rows",
+    "migrate.after_object",
+    "migrate.after_objects",
+    "migrate.after_wipe",
+    "migrate.after_page",
+    "migrate.after_tables",
+    "migrate.after_format",
+    "migrate.after_moved",
 ];
 
 /// Points that are passed only where objects are in an object store.

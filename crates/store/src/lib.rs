@@ -39,6 +39,7 @@ mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;

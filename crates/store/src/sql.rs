@@ -122,6 +122,15 @@ impl Db {
         }
     }
 
+    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
+    /// need no open store ([`sqlite_snapshot`]).
+    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
+        }
+    }
+
     /// Waits until the database has stopped after a failure of its own.
     pub(crate) async fn stopped(&self) {
         match self {
@@ -225,6 +234,11 @@ impl Tx {
             event: 0,
             unsealed: false,
         }
+    }
+
+    /// Whether it runs on PostgreSQL.
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.connection, Connection::Postgres(_))
     }
 
     /// The time of this transaction.

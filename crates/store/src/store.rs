@@ -131,6 +131,7 @@ impl Store {
                 (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
             }
         };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
@@ -346,7 +347,7 @@ impl Store {
                 }
             }
         };
-        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
         let resumed =
             Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
         let session = match (resumed, row_claim) {
@@ -374,7 +375,8 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let slot = Arc::<Slot>::default();
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
         let claim = row_claim.map(|claim| claim.token().to_owned());
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
@@ -817,6 +819,7 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
 /// Finds an upload and, where other replicas may write it, claims it in its row.
 async fn claim_row(
     inner: &Arc<Inner>,
+    slot: &Arc<Slot>,
     repository: &RepositoryName,
     id: &UploadId,
 ) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
@@ -836,7 +839,7 @@ async fn claim_row(
         .await?;
     match claimed {
         Some(open) => {
-            let claim = RowClaim::new(inner, open.id, token, asked);
+            let claim = RowClaim::new(inner, slot, open.id, token, asked);
             Ok((open, Some(claim)))
         }
         None => {

@@ -22,14 +22,15 @@ use super::{
     Arrival, CHUNK, Chunks, Content, Contents, Document, Entry, Failure, Repositories, Sink, Source,
 };
 use crate::blob::Content as BlobContent;
-use crate::blob::file_system::{FileSystem, StorageKey};
+use crate::blob::StorageKey;
+use crate::blob::file_system::FileSystem;
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, Blob, Expected, PutManifest, TagWrite, UploadId};
 use crate::store::{Inner, Store};
 use crate::upload::writer::digest_of_file;
-use crate::upload::{Commit, Expire, Start};
+use crate::upload::{Commit, Expire, Object, Start};
 
 /// How a file becomes an object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +93,9 @@ impl StoreSink {
         size: u64,
     ) -> Result<Option<Placed>, Error> {
         let inner = self.store.inner();
+        let Some(files) = inner.objects.files() else {
+            return Ok(None);
+        };
         let key = StorageKey::fresh()?;
         failpoint("import.before_row");
         let id = inner
@@ -102,14 +106,14 @@ impl StoreSink {
                 algorithm: digest.algorithm(),
                 principal: self.actor.principal.clone(),
                 expiry: inner.options.upload_expiry,
-                key: Some(key.as_str().to_owned()),
+                object: Some(Object::File(key.clone())),
             })
             .await?;
         failpoint("import.after_row");
         let work = {
-            let (inner, key, file) = (Arc::clone(inner), key.clone(), Arc::clone(file));
+            let (files, key, file) = (Arc::clone(files), key.clone(), Arc::clone(file));
             let (digest, placement) = (digest.clone(), self.placement);
-            move || place(&inner.objects, &key, &file, size, &digest, placement)
+            move || place(&files, &key, &file, size, &digest, placement)
         };
         let placed = tokio::task::spawn_blocking(work)
             .await
@@ -544,7 +548,7 @@ fn link(path: &Path, from: &File) -> Result<bool, Error> {
 
 /// Ends an upload that did not become a blob.
 async fn expire(inner: &Inner, id: i64) {
-    match inner.db.write(Expire { id }).await {
+    match inner.db.write(Expire { id, claim: None }).await {
         Ok(()) | Err(Error::UploadUnknown) => {}
         Err(error) => {
             tracing::warn!(%error, "an import's upload could not be ended, its time will end it");

@@ -138,6 +138,22 @@ impl Postgres {
         recovery
     }
 
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        let begun = session.client.batch_execute(
+            "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+             BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+        );
+        limited(CONTROL_LIMIT, begun)
+            .await
+            .map_err(|failure| failure.error(None))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
+        ))
+    }
+
     pub(super) fn close(&self) {
         self.pool.close();
     }
