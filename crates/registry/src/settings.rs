@@ -28,6 +28,8 @@ pub struct Settings {
     pub drain: Duration,
     /// Write one log line per request.
     pub access_log: bool,
+    /// How many of the largest repositories `/metrics` names, at most 1000. Each is a time series of its own.
+    pub metric_repositories: usize,
 }
 
 impl Default for Settings {
@@ -40,6 +42,7 @@ impl Default for Settings {
             access: Access::Open,
             drain: Duration::from_secs(30),
             access_log: true,
+            metric_repositories: 0,
         }
     }
 }

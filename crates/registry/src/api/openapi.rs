@@ -4,6 +4,23 @@ use serde_json::{Value, json};
 
 /// The document, OpenAPI 3.1.
 pub(crate) fn document() -> Value {
+    let mut document = base();
+    let modules = [
+        super::attempts::paths(),
+        super::pins::paths(),
+        super::storage::paths(),
+    ];
+    if let Some(paths) = document["paths"].as_object_mut() {
+        for module in modules {
+            if let Value::Object(module) = module {
+                paths.extend(module);
+            }
+        }
+    }
+    document
+}
+
+fn base() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {
