@@ -30,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) manifest_bytes: Option<u64>,
     /// How long requests may finish after SIGTERM.
     pub(crate) drain: Option<Duration>,
+    /// How many of the largest repositories `/metrics` names.
+    pub(crate) metric_repositories: Option<usize>,
     /// The data directory.
     pub(crate) data: PathBuf,
     /// Settings of the store.
@@ -119,6 +121,7 @@ struct Raw {
     storage: Storage,
     auth: Auth,
     access: Option<Vec<Rule>>,
+    attempts: Attempts,
     events: Events,
     log: Option<Log>,
 }
@@ -131,6 +134,7 @@ struct Server {
     tls: Option<Tls>,
     limits: Limits,
     drain: Option<String>,
+    metric_repositories: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -162,6 +166,17 @@ enum Size {
     Text(String),
 }
 
+impl Size {
+    fn bytes(self, key: &str) -> anyhow::Result<u64> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::Text(text) => parse_size(&text).with_context(|| {
+                format!("`{key}`: `{text}` is no size, write for example `8MiB`")
+            }),
+        }
+    }
+}
+
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Storage {
@@ -169,12 +184,20 @@ struct Storage {
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
+    quota: Option<Size>,
+    pull_statistics: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Auth {
     htpasswd: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Attempts {
+    retention: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -281,6 +304,21 @@ impl Raw {
                 *place = period(key, text)?;
             }
         }
+        options.quota = self
+            .storage
+            .quota
+            .map(|size| size.bytes("storage.quota"))
+            .transpose()?;
+        match self.storage.pull_statistics.as_deref() {
+            None => {}
+            Some("off") => options.pull_retention = Duration::ZERO,
+            Some(text) => options.pull_retention = period("storage.pull_statistics", text)?,
+        }
+        match self.attempts.retention.as_deref() {
+            None => {}
+            Some("forever") => options.attempt_retention = None,
+            Some(text) => options.attempt_retention = Some(period("attempts.retention", text)?),
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
@@ -338,14 +376,10 @@ impl Raw {
                 .server
                 .limits
                 .manifest_bytes
-                .map(|size| match size {
-                    Size::Bytes(bytes) => Ok(bytes),
-                    Size::Text(text) => parse_size(&text).with_context(|| {
-                        format!("`server.limits.manifest_bytes`: `{text}` is no size, write for example `8MiB`")
-                    }),
-                })
+                .map(|size| size.bytes("server.limits.manifest_bytes"))
                 .transpose()?,
             drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
+            metric_repositories: self.server.metric_repositories,
             data: data
                 .map(Path::to_path_buf)
                 .or(self.storage.directory)
@@ -520,7 +554,9 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 6] = ["server", "storage", "auth", "access", "events", "log"];
+const SECTIONS: [&str; 7] = [
+    "server", "storage", "auth", "access", "attempts", "events", "log",
+];
 
 #[cfg(test)]
 mod tests;
