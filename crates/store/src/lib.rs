@@ -39,8 +39,8 @@ mod verify;
 
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};

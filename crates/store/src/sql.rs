@@ -126,6 +126,7 @@ pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
     /// Who writes.
+    #[expect(dead_code, reason = "the read-only mode tells them apart")]
     const KIND: WriteKind = WriteKind::User;
 
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
@@ -133,7 +134,6 @@ pub(crate) trait Body: Send + Sync + 'static {
 
 /// Whose write a transaction is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(dead_code, reason = "the read-only mode tells them apart")]
 pub(crate) enum WriteKind {
     /// A caller's: refused in the read-only mode.
     User,

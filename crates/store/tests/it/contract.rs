@@ -62,7 +62,7 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         sqlite(collection::options()).await,
         postgres(collection::options()).await,
     ] {
-        collection::keeps_the_contract(&engine.store).await;
+        collection::keeps_the_contract(&engine).await;
     }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()
