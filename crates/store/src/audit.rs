@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, AuditEntry};
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO audit (id, at, principal, action, target, outcome, address, request) \
@@ -67,6 +67,7 @@ pub(crate) struct Add(pub(crate) AuditEntry);
 
 impl Body for Add {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Self(entry) = self;
@@ -86,6 +87,7 @@ pub(crate) struct Seal;
 
 impl Body for Seal {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let (mut sequence, mut hash) = head(tx, &TAKE_HEAD).await?;

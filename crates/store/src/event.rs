@@ -11,7 +11,7 @@ use oci::{Digest, RepositoryName, Tag};
 
 use crate::error::Error;
 use crate::model::{Actor, Event, EventBounds, EventKind};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     NEXT = "UPDATE counter SET value = value + 1 WHERE name = 'event' RETURNING value";
@@ -116,6 +116,7 @@ pub(crate) struct Prune {
 
 impl Body for Prune {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let before = tx.now().minus(self.retention);

@@ -61,6 +61,18 @@ pub(crate) const NAMES: &[&str] = &[
     "audit.after_seal",
 ];
 
+/// Points that are passed only where objects are in an object store.
+pub(crate) const OBJECT_STORE_NAMES: &[&str] = &[
+    "upload.after_name_row",
+    "upload.after_create_multipart",
+    "upload.after_multipart_row",
+    "upload.after_part",
+    "upload.after_tail",
+    "commit.before_complete",
+    "commit.after_complete",
+    "outbox.after_abort",
+];
+
 /// Passes the point of this name.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
@@ -76,7 +88,7 @@ pub(crate) fn failpoint(name: &str) {
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     debug_assert!(
-        NAMES.contains(&name),
+        NAMES.contains(&name) || OBJECT_STORE_NAMES.contains(&name),
         "`{name}` is not in the list of failpoints"
     );
     let armed = ARMED.get_or_init(|| {

@@ -19,9 +19,9 @@ use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::tag::{self, Change, Target};
-use crate::{audit, lease, referrer, usage};
+use crate::{audit, lease, pin, referrer, usage};
 
 statements! {
     BY_TAG = "SELECT m.digest, m.media_type, m.body FROM repository r JOIN tag t ON t.repository_id = r.id \
@@ -42,7 +42,9 @@ statements! {
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) \
            ON CONFLICT (repository_id, digest) DO UPDATE SET lease_until = \
                CASE WHEN manifest.lease_until < excluded.lease_until \
-                    THEN excluded.lease_until ELSE manifest.lease_until END \
+                    THEN excluded.lease_until ELSE manifest.lease_until END, \
+               size = excluded.size, \
+               body = CASE WHEN manifest.body = excluded.body THEN manifest.body ELSE excluded.body END \
            RETURNING id";
     ADD_BLOB = "INSERT INTO manifest_blob (manifest_id, repository_id, digest, blob_id) \
                 VALUES ($1, $2, $3, $4) ON CONFLICT (manifest_id, digest) DO NOTHING";
@@ -61,7 +63,6 @@ statements! {
     DIGEST = "SELECT digest FROM manifest WHERE id = $1";
     BODY = "SELECT body FROM manifest WHERE id = $1";
     ID = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2";
-    COUNT = "SELECT COUNT(*) FROM manifest";
 }
 
 /// Reads a manifest with one query.
@@ -311,6 +312,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.digest.to_string());
@@ -324,6 +326,8 @@ impl Body for Delete {
             return Err(Error::ManifestInUse(self.digest.clone()));
         }
         let doomed = Doomed::read(&row, self.digest.clone())?;
+        // I19: what somebody pins stays.
+        pin::refuse(tx, doomed.id, &self.digest).await?;
         let change = Change {
             place,
             repository: &self.repository,
@@ -409,6 +413,18 @@ fn digests(rows: &[Row]) -> Result<Vec<Digest>, Error> {
     rows.iter().map(|row| row.digest(0)).collect()
 }
 
+/// The row of a manifest, locked so that nobody removes it before the transaction ends.
+pub(crate) async fn share(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+) -> Result<Option<i64>, Error> {
+    tx.query_opt(&SHARE, &[repository.into(), digest.into()])
+        .await?
+        .map(|row| row.i64(0))
+        .transpose()
+}
+
 /// Fills the edges that named a blob before it was there.
 pub(crate) async fn fill_blob_edges(
     tx: &mut Tx,
@@ -476,8 +492,4 @@ pub(crate) async fn body(tx: &mut Tx, manifest: i64) -> Result<Vec<u8>, Error> {
     tx.query_opt(&BODY, &[manifest.into()])
         .await?
         .map_or_else(|| Ok(Vec::new()), |row| row.bytes(0))
-}
-
-pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
-    crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
 }

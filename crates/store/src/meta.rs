@@ -3,7 +3,7 @@
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::model::TokenKey;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     GET = "SELECT value FROM meta WHERE key = $1";
@@ -28,6 +28,7 @@ struct Epoch {
 
 impl Body for Epoch {
     type Output = String;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<String, Error> {
         tx.execute(&PUT, &["epoch".into(), (&self.fresh).into()])
@@ -61,6 +62,7 @@ struct MakeKey(TokenKey);
 
 impl Body for MakeKey {
     type Output = Vec<TokenKey>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Vec<TokenKey>, Error> {
         // The lock makes replicas that start together agree on one key.

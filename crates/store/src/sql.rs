@@ -21,8 +21,10 @@ use tokio::sync::watch;
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
+use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
+pub(crate) use postgres::check as check_postgres;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
 pub(crate) use value::{Row, Value, encode_digest};
@@ -80,6 +82,14 @@ impl Db {
         }
     }
 
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
+        }
+    }
+
     /// Waits until the database has stopped after a failure of its own.
     pub(crate) async fn stopped(&self) {
         match self {
@@ -105,6 +115,10 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
+    /// Bytes that a namespace without a quota of its own may use.
+    pub(crate) quota: Option<i64>,
 }
 
 impl Context {
@@ -125,8 +139,7 @@ impl Context {
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
-    /// Who writes.
-    #[expect(dead_code, reason = "the read-only mode tells them apart")]
+    /// Who writes, and so whether it may run in a read-only mode.
     const KIND: WriteKind = WriteKind::User;
 
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
@@ -135,8 +148,11 @@ pub(crate) trait Body: Send + Sync + 'static {
 /// Whose write a transaction is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
-    /// A caller's: refused in the read-only mode.
+    /// A caller's: refused in every read-only mode.
     User,
+    /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
+    /// the mode was commanded.
+    Delete,
     /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
     Maintenance,
 }
@@ -173,6 +189,20 @@ impl Tx {
     /// A new row id.
     pub(crate) fn id(&self) -> i64 {
         self.context.clock.id()
+    }
+
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends. On SQLite the one
+    /// writer does both.
+    pub(crate) async fn exclude_users(&mut self) -> Result<(), Error> {
+        match &mut self.connection {
+            Connection::Sqlite(_) => Ok(()),
+            Connection::Postgres(session) => session.exclude_users().await,
+        }
+    }
+
+    /// The quota of namespaces that have none of their own, in bytes.
+    pub(crate) fn default_quota(&self) -> Option<i64> {
+        self.context.quota
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,34 +9,49 @@ use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::task::TaskTracker;
 
+use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
 use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
-use crate::upload::claim::{Claims, Slot};
-use crate::upload::writer::{MEMORY, Session, UploadWriter};
+use crate::sql::{Context, Db, Row, WriteKind};
+use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
     pub(crate) db: Db,
-    pub(crate) objects: FileSystem,
+    pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
     pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -44,8 +59,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Store {
@@ -63,79 +78,77 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let ObjectLocation::Directory(dir) = &location.objects else {
-            return Err(Error::Unavailable {
-                what: "the object store",
-                problem: "it is not supported yet".to_owned(),
-            });
-        };
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        Self::start(dir, url, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(dir, Some(url.to_owned()), options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
-    async fn start(dir: &Path, url: Option<String>, options: Options) -> Result<Self, Error> {
+    async fn start(
+        database: DatabaseLocation,
+        objects: ObjectLocation,
+        options: Options,
+    ) -> Result<Self, Error> {
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
+        };
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
         };
-        let root = dir.to_owned();
-        let embedded = url.is_none();
-        let (directory, sqlite) = {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((directory, sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
-        };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let (objects, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+            }
         };
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if directory.fresh {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(dir)),
-            claims: Claims::default(),
+            objects,
+            claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
             collector: collect::Collector::default(),
-            memory: Arc::new(Semaphore::new(MEMORY)),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
+            memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(Some(directory)),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -147,14 +160,21 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
         inner
-            .directory
+            .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        sealed.and(closed)
+            .clear();
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
@@ -171,11 +191,6 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// What all clones share, for the rooms that add methods to a store.
-    pub(crate) fn inner(&self) -> &Arc<Inner> {
-        &self.0
-    }
-
     /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
@@ -185,12 +200,20 @@ impl Store {
     async fn upkeep(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
             tick.tick().await;
             match self.upkeep_once().await {
-                Ok(()) => {}
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
         }
     }
@@ -208,13 +231,14 @@ impl Store {
 
     async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
+        usage::maintain(inner).await?;
         let retention = inner.options.event_retention;
         inner.db.write(event::Prune { retention }).await
     }
@@ -238,7 +262,7 @@ impl Store {
                 algorithm,
                 principal: actor.principal.clone(),
                 expiry: self.0.options.upload_expiry,
-                key: None,
+                object: None,
             })
             .await?;
         Ok(name)
@@ -266,6 +290,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -280,8 +305,16 @@ impl Store {
                 }
             }
         };
-        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
-        let session = Session::resume(inner, &slot, repository, open, claim).await?;
+        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let resumed =
+            Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
+        let session = match (resumed, row_claim) {
+            (Err(error), Some(row_claim)) => {
+                row_claim.release().await;
+                return Err(error);
+            }
+            (resumed, _) => resumed?,
+        };
         *slot.session.lock().await = Some(Box::new(session));
         slot.touch();
         Ok(UploadWriter::new(inner, slot))
@@ -300,20 +333,28 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let open = upload::find(&self.0.db, repository, id, self.0.clock.now()).await?;
-        self.0.db.write(upload::Expire { id: open.id }).await
+        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let claim = row_claim.map(|claim| claim.token().to_owned());
+        self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Takes claims in the rows of uploads as replicas do, for the contract tests.
+    #[doc(hidden)]
+    pub fn share_claims(&self) {
+        self.0.claims.share();
     }
 
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -454,7 +495,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -603,22 +644,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.
@@ -647,7 +678,17 @@ impl Store {
     /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
     #[doc(hidden)]
     pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        self.0.db.write(VerifyOpen(Arc::clone(&self.0))).await
+        let listed = self.0.objects.list().await?;
+        let (mut report, doubts) = self
+            .0
+            .db
+            .write(VerifyOpen(Arc::clone(&self.0), listed))
+            .await?;
+        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
+        report
+            .problems
+            .extend(kept.into_iter().map(|doubt| doubt.problem));
+        Ok(report)
     }
 }
 
@@ -659,23 +700,57 @@ impl std::fmt::Debug for Store {
     }
 }
 
-struct VerifyOpen(Arc<Inner>);
+struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
-    type Output = crate::VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
-        let objects = &self.0.objects;
+    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
+
+    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
+        let files = self.0.objects.files().map(Arc::as_ref);
         let mut report = crate::VerifyReport::default();
         let mut doubts = Vec::new();
-        let listed = objects.list()?;
-        crate::verify::check(tx, objects, listed, &mut report, &mut doubts).await?;
-        crate::verify::settle(tx, doubts, &mut report).await?;
+        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
+        if files.is_some() {
+            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
+        }
         if let Err(problem) = audit::verify(tx).await? {
             report.problems.push(problem);
         }
-        Ok(report)
+        Ok((report, doubts))
     }
+}
+
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
 }
 
 /// Records what an idle writer wrote and gives its claim back.
@@ -683,6 +758,48 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Finds an upload and, where other replicas may write it, claims it in its row.
+async fn claim_row(
+    inner: &Arc<Inner>,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
+    if !inner.claims.shared() {
+        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
+        return Ok((open, None));
+    }
+    let (token, asked) = (random_name()?, tokio::time::Instant::now());
+    let claimed = inner
+        .db
+        .write(upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: inner.options.claim_idle,
+        })
+        .await?;
+    match claimed {
+        Some(open) => {
+            let claim = RowClaim::new(inner, open.id, token, asked);
+            Ok((open, Some(claim)))
+        }
+        None => {
+            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+            Err(Error::UploadBusy { offset })
+        }
     }
 }
 

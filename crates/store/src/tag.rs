@@ -14,7 +14,7 @@ use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, Expected, TagMove, TagState, TagWrite};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::{audit, lease, manifest, referrer};
 
 statements! {
@@ -202,6 +202,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.tag.as_str().to_owned());

@@ -57,7 +57,7 @@ impl Store {
             Some(text) => Position::parse(text)
                 .ok_or_else(|| Error::Database("the cursor is none of a dry run".to_owned()))?,
         };
-        let inner = self.inner();
+        let inner = &self.0;
         let page = Arc::new(Mutex::new(None));
         let body = Page {
             rules: rules(inner),

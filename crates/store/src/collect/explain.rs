@@ -117,7 +117,7 @@ impl Store {
         repository: &RepositoryName,
         digest: &Digest,
     ) -> Result<Option<Kept>, Error> {
-        let inner = self.inner();
+        let inner = &self.0;
         inner
             .db
             .write(Explain {

@@ -107,7 +107,7 @@ impl Store {
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn collection_status(&self) -> Result<CollectionStatus, Error> {
-        let inner = self.inner();
+        let inner = &self.0;
         let now = inner.clock.now();
         Ok(CollectionStatus {
             enabled: inner.options.gc.enabled,
@@ -120,7 +120,7 @@ impl Store {
 
     /// What this process collected since it started. Costs nothing.
     pub fn collection_totals(&self) -> CollectionTotals {
-        let collector = &self.inner().collector;
+        let collector = &self.0.collector;
         let last_run = collector.last_run.load(Ordering::Relaxed);
         let counts = *collector
             .collected
@@ -141,13 +141,13 @@ impl Store {
 
     /// Wakes this process's worker because something is due now.
     pub(crate) fn wake_collector(&self) {
-        self.inner().collector.wake.notify_one();
+        self.0.collector.wake.notify_one();
     }
 
     /// Wakes this process's worker: it looks at all that is due, also outside the window and when the collector is
     /// switched off.
     pub fn collect_now(&self) {
-        let collector = &self.inner().collector;
+        let collector = &self.0.collector;
         collector.asked.store(true, Ordering::Relaxed);
         collector.wake.notify_one();
     }

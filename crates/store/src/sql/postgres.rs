@@ -4,6 +4,8 @@
 //! READ COMMITTED is weaker than SQLite's one writer, so every read that a write depends on takes a row
 //! lock or is backed by a constraint.
 
+mod settings;
+
 use std::collections::HashMap;
 use std::error::Error as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,11 +15,12 @@ use bytes::BytesMut;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
 use crate::error::Error;
+use crate::mode;
 
 pub(crate) struct Postgres {
     pool: Arc<Pool>,
@@ -79,10 +82,29 @@ impl Postgres {
         rows
     }
 
+    /// Tells whether the server follows another one and takes no writes.
+    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
+        let session = self.pool.take().await?;
+        let answers = session
+            .client
+            .simple_query("SELECT pg_is_in_recovery()")
+            .await
+            .map_err(|error| map(&error))?;
+        self.pool.give_back(session);
+        Ok(answers.iter().any(
+            |answer| matches!(answer, SimpleQueryMessage::Row(row) if row.get(0) == Some("t")),
+        ))
+    }
+
     pub(super) fn close(&self) {
         self.pool.permits.close();
         lock(&self.pool.idle).clear();
     }
+}
+
+/// Checks a connection string without connecting; what is wrong with it never shows it.
+pub(crate) fn check(text: &str) -> Result<(), String> {
+    settings::Settings::parse(text).map(drop)
 }
 
 async fn transact<B: Body>(
@@ -94,11 +116,13 @@ async fn transact<B: Body>(
     loop {
         attempt += 1;
         let session = pool.take().await?;
-        session
-            .client
-            .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-            .await
-            .map_err(|error| map(&error))?;
+        context.gate.check(B::KIND)?;
+        let commanded = session.begin(B::KIND).await?;
+        if let Err(refusal) = mode::check_command(B::KIND, commanded.as_deref()) {
+            let _ = session.client.batch_execute("ROLLBACK").await;
+            pool.give_back(session);
+            return Err(refusal);
+        }
         let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
         let outcome = body.run(&mut tx).await;
         let event = tx.event;
@@ -190,6 +214,35 @@ impl Pool {
 }
 
 impl Session {
+    /// Begins a transaction. One of a user holds off the command that makes the store read-only, and reads what was
+    /// commanded before: one round trip for all.
+    async fn begin(&self, kind: WriteKind) -> Result<Option<String>, Error> {
+        let text = match kind {
+            WriteKind::Maintenance => "BEGIN ISOLATION LEVEL READ COMMITTED".to_owned(),
+            WriteKind::User | WriteKind::Delete => format!(
+                "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
+                mode::CHECK.postgres()
+            ),
+        };
+        let answers = self
+            .client
+            .simple_query(&text)
+            .await
+            .map_err(|error| map(&error))?;
+        // The lock gives a row of its own, which has no such column.
+        Ok(answers.iter().find_map(|answer| match answer {
+            SimpleQueryMessage::Row(row) => row.try_get("value").ok().flatten().map(str::to_owned),
+            _ => None,
+        }))
+    }
+
+    pub(super) async fn exclude_users(&mut self) -> Result<(), Error> {
+        self.client
+            .batch_execute(&format!("SELECT pg_advisory_xact_lock({USERS})"))
+            .await
+            .map_err(|error| map(&error))
+    }
+
     pub(super) async fn query(
         &mut self,
         statement: &'static Statement,
@@ -313,6 +366,11 @@ pub(super) fn map(error: &tokio_postgres::Error) -> Error {
     if error.code() == Some(&SqlState::DISK_FULL) {
         return Error::Full;
     }
+    if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION) {
+        return Error::ReadOnly {
+            reason: mode::RECOVERY.to_owned(),
+        };
+    }
     // The driver's own text leaves out what the server said.
     let mut text = error.to_string();
     if let Some(source) = error.source() {
@@ -325,5 +383,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The advisory lock that every transaction of a user shares, and that the command to be read-only takes alone.
+const USERS: i64 = 0x6c6f_6e67_7368_6f72;
 const MAX_SESSIONS: usize = 16;
 const MAX_ATTEMPTS: u64 = 10;

@@ -83,14 +83,19 @@ pub(crate) use statements;
 /// Every statement of every room.
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
+        crate::attempt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
         crate::event::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
+        crate::mode::STATEMENTS,
+        crate::pin::STATEMENTS,
+        crate::pull::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::scrub::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,

@@ -40,8 +40,10 @@ static SECOND: &[Migration] = &[
 
 fn context() -> Context {
     Context {
+        gate: Arc::default(),
         clock: Arc::default(),
         signal: Arc::new(watch::channel(0).0),
+        quota: None,
     }
 }
 

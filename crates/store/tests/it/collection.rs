@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Descriptor, Digest, Manifest, RepositoryName};
-use store::{Error, EventKind, Expected, GcOptions, Kind, Options, Reason, Statistics, Store};
+use store::{
+    Error, EventKind, Expected, ExpectedPins, GcOptions, Kind, Options, Pin, Reason, Statistics,
+    Store, Timestamp,
+};
 
 use crate::engine::{
-    Engine, actor, assert_sound, by_digest, content, described, image, index, name, push_blob,
-    push_image, put, put_of, tag,
+    actor, assert_sound, by_digest, content, described, image, index, name, push_blob, push_image,
+    put, put_of, tag,
 };
 
 /// Options under which everything goes as soon as its lease is over.
@@ -26,8 +29,7 @@ pub(crate) fn options() -> Options {
 }
 
 /// Everything below, on one engine.
-pub(crate) async fn keeps_the_contract(engine: &Engine) {
-    let store = &engine.store;
+pub(crate) async fn keeps_the_contract(store: &Store) {
     tags_and_leases_keep(store).await;
     indexes_keep_their_children(store).await;
     subjects_keep_their_referrers(store).await;
@@ -37,8 +39,8 @@ pub(crate) async fn keeps_the_contract(engine: &Engine) {
     what_is_shared_stays(store).await;
     absent_content_keeps_what_comes(store).await;
     repositories_go_in_steps(store).await;
-    pins_keep(engine).await;
-    reasons_are_told(engine).await;
+    pins_keep(store).await;
+    reasons_are_told(store).await;
     a_dry_run_tells_what_the_run_does(store).await;
     nothing_is_left(store).await;
 }
@@ -398,75 +400,41 @@ async fn absent_content_keeps_what_comes(store: &Store) {
     assert!(!holds(store, &repository, &foreign).await);
 }
 
-/// Writes a pin as the room of pins does, for as many hours.
-async fn pin(engine: &Engine, repository: &RepositoryName, digest: &Digest, hours: Option<i64>) {
-    let now = store_now(engine).await;
-    let end = hours.map_or_else(
-        || "NULL".to_owned(),
-        |hours| (now + hours * 3_600_000_000).to_string(),
-    );
-    let hex = hex::encode(digest.as_bytes());
-    execute(
-        engine,
-        &format!(
-            "INSERT INTO pin (holder, repository_id, digest, manifest_id, reason, created_at, created_by, expires_at) \
-             SELECT 'agent:host1', m.repository_id, m.digest, m.id, 'runs', {now}, 'user:alice', {end} \
-             FROM manifest m JOIN repository r ON r.id = m.repository_id \
-             WHERE r.name = '{}' AND m.digest = {}",
-            repository.as_str(),
-            if engine.url.is_empty() {
-                format!("X'01{hex}'")
-            } else {
-                format!("'\\x01{hex}'::bytea")
-            }
-        ),
-    )
-    .await;
+/// Pins manifests of a repository, each for as many hours, and lets go of all others.
+async fn pin(store: &Store, repository: &RepositoryName, wanted: &[(&Manifest, u64)]) {
+    let now = store_now(store).await;
+    let pins = wanted.iter().map(|(view, hours)| Pin {
+        repository: repository.clone(),
+        digest: described(view).digest,
+        reason: "runs".to_owned(),
+        expires: (*hours > 0).then(|| now.plus(Duration::from_hours(*hours))),
+    });
+    let outcome = store
+        .set_pins(HOLDER, pins.collect(), ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
+    assert_eq!(outcome.held.len(), wanted.len());
 }
 
+const HOLDER: &str = "agent:host1";
+
 /// The time of a store whose clock was moved: that of a tag that moves now.
-async fn store_now(engine: &Engine) -> i64 {
+async fn store_now(store: &Store) -> Timestamp {
     static MOVES: AtomicU64 = AtomicU64::new(1000);
     let repository = name("gc/clock");
     let seed = MOVES.fetch_add(1, Ordering::Relaxed);
-    push_image(&engine.store, &repository, seed, &["now"]).await;
-    engine
-        .store
-        .tag(&repository, &tag("now"))
-        .await
-        .unwrap()
-        .unwrap()
-        .updated_at
-        .0
+    push_image(store, &repository, seed, &["now"]).await;
+    let state = store.tag(&repository, &tag("now")).await.unwrap();
+    state.unwrap().updated_at
 }
 
-async fn execute(engine: &Engine, text: &str) {
-    if engine.url.is_empty() {
-        let database = engine.directory.path().join("data/meta.db");
-        let connection = rusqlite::Connection::open(database).unwrap();
-        connection.busy_timeout(Duration::from_secs(5)).unwrap();
-        assert_eq!(connection.execute(text, []).unwrap(), 1);
-    } else {
-        let (client, task) = tokio_postgres::connect(&engine.url, tokio_postgres::NoTls)
-            .await
-            .unwrap();
-        let task = tokio::spawn(task);
-        assert_eq!(client.execute(text, &[]).await.unwrap(), 1);
-        drop(client);
-        task.await.unwrap().unwrap();
-    }
-}
-
-async fn pins_keep(engine: &Engine) {
-    let store = &engine.store;
+async fn pins_keep(store: &Store) {
     let repository = name("gc/pins");
     let view = push_image(store, &repository, 80, &[]).await;
-    let digest = described(&view).digest;
     let child = push_image(store, &repository, 81, &[]).await;
     let parent = index(&[described(&child)]);
     put(store, &repository, &parent, &[]).await.unwrap();
-    pin(engine, &repository, &digest, Some(100)).await;
-    pin(engine, &repository, &described(&parent).digest, Some(50)).await;
+    pin(store, &repository, &[(&view, 0), (&parent, 50)]).await;
     lease_over(store).await;
     for view in [&view, &parent, &child] {
         assert!(there(store, &repository, view).await);
@@ -480,15 +448,14 @@ async fn pins_keep(engine: &Engine) {
     lease_over(store).await;
     assert!(there(store, &repository, &view).await);
     assert!(!there(store, &repository, &parent).await, "its pin is over");
-    store.advance_clock(Duration::from_hours(60));
+    pin(store, &repository, &[]).await;
     lease_over(store).await;
     assert!(!there(store, &repository, &view).await);
     assert!(!there(store, &repository, &child).await);
     lease_over(store).await;
 }
 
-async fn reasons_are_told(engine: &Engine) {
-    let store = &engine.store;
+async fn reasons_are_told(store: &Store) {
     let repository = name("gc/reasons");
     let child = push_image(store, &repository, 100, &[]).await;
     let parent = index(&[described(&child)]);
@@ -509,7 +476,7 @@ async fn reasons_are_told(engine: &Engine) {
         [Reason::Lease { .. }, Reason::Index { .. }]
     ));
     lease_over(store).await;
-    pin(engine, &repository, &described(&parent).digest, Some(50)).await;
+    pin(store, &repository, &[(&parent, 50)]).await;
     let above = kept(&parent).await.unwrap();
     let [
         Reason::Tag { tag: v1, by, .. },
@@ -559,7 +526,8 @@ async fn reasons_are_told(engine: &Engine) {
     let ending = kept(&parent).await.unwrap();
     assert!(ending.until.is_some() && ending.reasons.len() == 2);
     // Nothing keeps it, and the collector has not come yet.
-    store.advance_clock(Duration::from_hours(51));
+    pin(store, &repository, &[]).await;
+    store.advance_clock(LEASE);
     let nothing = kept(&parent).await.unwrap();
     assert!(nothing.reasons.is_empty() && nothing.until.is_some());
     store

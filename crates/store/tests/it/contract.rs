@@ -36,10 +36,16 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         events_are_numbered(store).await;
         usage_and_totals_add_up(store).await;
         sixteen_clients(store).await;
+        crate::modes::read_only_by_command(store).await;
+        crate::modes::no_write_comes_after_the_command(store).await;
         assert_sound(store).await;
         uploads_end(store).await;
         what_was_reported_is_kept(store).await;
+        crate::reports::keep_the_contract(store).await;
         damage_is_healed(&engine).await;
+        crate::scrub::damaged_objects_are_marked_and_healed(&engine).await;
+        crate::scrub::what_cannot_be_read_is_not_judged(&engine).await;
+        crate::scrub::damaged_rows_are_found(&engine).await;
         assert_sound(store).await;
         engine.store.clone().close().await.unwrap();
     }
@@ -62,7 +68,7 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         sqlite(collection::options()).await,
         postgres(collection::options()).await,
     ] {
-        collection::keeps_the_contract(&engine).await;
+        collection::keeps_the_contract(&engine.store).await;
     }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()

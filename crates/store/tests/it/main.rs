@@ -12,6 +12,12 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod modes;
+mod object_store;
+#[cfg(test)]
 mod postgres;
+mod reports;
+#[cfg(test)]
+mod scrub;
 #[cfg(test)]
 mod uploads;
