@@ -188,17 +188,6 @@ enum Size {
     Text(String),
 }
 
-impl Size {
-    fn bytes(self, key: &str) -> anyhow::Result<u64> {
-        match self {
-            Self::Bytes(bytes) => Ok(bytes),
-            Self::Text(text) => parse_size(&text).with_context(|| {
-                format!("`{key}`: `{text}` is no size, write for example `8MiB`")
-            }),
-        }
-    }
-}
-
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Storage {

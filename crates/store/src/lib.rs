@@ -54,8 +54,8 @@ pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backu
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
@@ -80,6 +80,8 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::RepositoryUnknown(self.name.clone());
@@ -153,7 +155,7 @@ impl Store {
             name: name.clone(),
             actor: actor.clone(),
         };
-        self.inner().db.write(deletion).await?;
+        self.0.db.write(deletion).await?;
         self.wake_collector();
         Ok(())
     }
