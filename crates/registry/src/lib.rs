@@ -31,7 +31,7 @@ mod serve;
 mod settings;
 mod v2;
 
-pub use auth::glob::{Glob, GlobError};
 pub use error::Error;
+pub use oci::glob::{Glob, GlobError};
 pub use serve::Server;
 pub use settings::{Access, AccessError, Action, Limits, Rule, Settings, TlsFiles};

@@ -44,6 +44,8 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "retention.before_remove",
+    "retention.after_remove",
     "audit.before_seal",
     "audit.after_seal",
 ];

@@ -399,6 +399,18 @@ pub(crate) async fn names_blob(
         .is_some())
 }
 
+/// Finds a manifest and keeps the collector from it until the transaction ends (`I4`).
+pub(crate) async fn share(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+) -> Result<Option<i64>, Error> {
+    tx.query_opt(&SHARE, &[repository.into(), digest.into()])
+        .await?
+        .map(|row| row.i64(0))
+        .transpose()
+}
+
 pub(crate) async fn media_type(tx: &mut Tx, manifest: i64) -> Result<String, Error> {
     tx.query_opt(&MEDIA_TYPE, &[manifest.into()])
         .await?

@@ -29,6 +29,8 @@ pub struct Options {
     pub scrub_rate: u64,
     /// The scrub reads everything once in this time (30 days).
     pub scrub_period: Duration,
+    /// Which tags are kept (all).
+    pub retention: std::sync::Arc<crate::Retention>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -42,6 +44,7 @@ impl Default for Options {
             floor: None,
             scrub_rate: 8 << 20,
             scrub_period: Duration::from_hours(30 * 24),
+            retention: std::sync::Arc::default(),
         }
     }
 }

@@ -36,6 +36,12 @@ pub(crate) async fn find(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Pl
         .transpose()
 }
 
+/// The row id of a repository, to look at what it holds.
+pub(crate) async fn id(db: &Db, name: &RepositoryName) -> Result<Option<i64>, Error> {
+    let rows = db.read(&FIND, &[name.as_str().into()]).await?;
+    rows.first().map(|row| row.i64(0)).transpose()
+}
+
 /// Finds a repository or makes it with its namespace, the first path component.
 pub(crate) async fn ensure(tx: &mut Tx, name: &RepositoryName) -> Result<Place, Error> {
     if let Some(place) = find(tx, name).await? {

@@ -153,6 +153,26 @@ pub(crate) async fn remove_all_of(
     Ok(())
 }
 
+/// Removes a tag that is still the one that was judged; `false` when it moved or is gone.
+pub(crate) async fn remove_unmoved(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tag: &Tag,
+    generation: i64,
+    digest: &Digest,
+    events: &mut Vec<NewEvent>,
+) -> Result<bool, Error> {
+    let Some(current) = take(tx, change.place.repository, tag).await? else {
+        return Ok(false);
+    };
+    if current.generation != generation || current.digest != *digest {
+        return Ok(false);
+    }
+    let media_type = manifest::media_type(tx, current.manifest).await?;
+    remove(tx, change, tag, &current, &media_type, events).await?;
+    Ok(true)
+}
+
 async fn remove(
     tx: &mut Tx,
     change: &Change<'_>,

@@ -93,6 +93,8 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::mode::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::retention::STATEMENTS,
+        crate::retention::undo::STATEMENTS,
         crate::scrub::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,

@@ -14,6 +14,8 @@ mod modes;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod retention;
+#[cfg(test)]
 mod scrub;
 #[cfg(test)]
 mod uploads;
