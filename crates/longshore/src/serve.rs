@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use registry::Server;
-use store::Store;
+use store::{DatabaseLocation, Location, ObjectLocation, Store};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -42,11 +42,9 @@ impl Registry {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
         open_more_files();
-        let store = Store::open(&config.data, config.store.clone())
+        let store = Store::open_at(&config.location, config.store.clone())
             .await
-            .with_context(|| {
-                format!("cannot open the data directory `{}`", config.data.display())
-            })?;
+            .with_context(|| format!("cannot open {}", describe(&config.location)))?;
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -92,6 +90,32 @@ impl Registry {
         // Why it ended says more than how the end went.
         outcome?;
         closed
+    }
+}
+
+/// Where a store is, in words, without a password.
+fn describe(location: &Location) -> String {
+    let objects = |objects: &ObjectLocation| match objects {
+        ObjectLocation::Directory(path) => format!("the objects in `{}`", path.display()),
+        ObjectLocation::S3(s3) => format!("the bucket `{}`", s3.bucket),
+    };
+    match location {
+        Location {
+            database: DatabaseLocation::Sqlite(database),
+            objects: ObjectLocation::Directory(directory),
+        } if database == directory => format!("the data directory `{}`", directory.display()),
+        Location {
+            database: DatabaseLocation::Sqlite(database),
+            objects: other,
+        } => format!(
+            "the database in `{}` with {}",
+            database.display(),
+            objects(other)
+        ),
+        Location {
+            database: DatabaseLocation::Postgres(_),
+            objects: other,
+        } => format!("the PostgreSQL database with {}", objects(other)),
     }
 }
 

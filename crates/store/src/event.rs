@@ -138,6 +138,7 @@ fn name(kind: EventKind) -> &'static str {
         EventKind::ManifestDeleted => "manifest.deleted",
         EventKind::TagUpdated => "tag.updated",
         EventKind::TagDeleted => "tag.deleted",
+        EventKind::RepositoryDeleted => "repository.deleted",
     }
 }
 
@@ -147,6 +148,7 @@ fn kind(name: &str) -> Result<EventKind, Error> {
         "manifest.deleted" => EventKind::ManifestDeleted,
         "tag.updated" => EventKind::TagUpdated,
         "tag.deleted" => EventKind::TagDeleted,
+        "repository.deleted" => EventKind::RepositoryDeleted,
         other => return Err(Error::Database(format!("unknown event kind `{other}`"))),
     })
 }

@@ -40,6 +40,19 @@ pub(crate) const NAMES: &[&str] = &[
     "delete.after_rows",
     "sql.before_commit",
     "sql.after_commit",
+    "collect.before_claim",
+    "collect.after_claim",
+    "collect.before_lock",
+    "collect.after_lock",
+    "collect.before_rows",
+    "collect.after_rows",
+    "collect.after_edges",
+    "collect.before_forget",
+    "collect.after_transaction",
+    "collect.before_hide",
+    "collect.after_hide",
+    "collect.before_step",
+    "collect.after_step",
     "outbox.before_remove",
     "outbox.after_remove",
     "outbox.after_entry_sync",
@@ -48,6 +61,18 @@ pub(crate) const NAMES: &[&str] = &[
     "retention.after_remove",
     "audit.before_seal",
     "audit.after_seal",
+];
+
+/// Points that are passed only where objects are in an object store.
+pub(crate) const OBJECT_STORE_NAMES: &[&str] = &[
+    "upload.after_name_row",
+    "upload.after_create_multipart",
+    "upload.after_multipart_row",
+    "upload.after_part",
+    "upload.after_tail",
+    "commit.before_complete",
+    "commit.after_complete",
+    "outbox.after_abort",
 ];
 
 /// Passes the point of this name.
@@ -65,7 +90,7 @@ pub(crate) fn failpoint(name: &str) {
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     debug_assert!(
-        NAMES.contains(&name),
+        NAMES.contains(&name) || OBJECT_STORE_NAMES.contains(&name),
         "`{name}` is not in the list of failpoints"
     );
     let armed = ARMED.get_or_init(|| {
@@ -82,4 +107,13 @@ pub(crate) fn failpoint(name: &str) {
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
+}
+
+/// Tells whether a test has planted the bug of this name (`LONGSHORE_TEST_BUG=name`), to show that it is found.
+#[cfg(feature = "failpoints")]
+pub(crate) fn planted(name: &str) -> bool {
+    static BUG: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    BUG.get_or_init(|| std::env::var("LONGSHORE_TEST_BUG").ok())
+        .as_deref()
+        == Some(name)
 }

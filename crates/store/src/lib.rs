@@ -12,9 +12,7 @@
 //! One small SQL layer serves SQLite, which the embedded mode uses, and PostgreSQL: every statement is written once,
 //! in the room that owns its table. Reads write nothing.
 //!
-//! What it does not do yet: collect content. What is deleted is gone from every answer, and its candidate waits in
-//! the queue, but its bytes keep their space; only objects of uploads that ended without a blob, or with one that
-//! was there already, are removed. It knows no HTTP, judges no rights, and parses no manifest: callers pass the
+//! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
 mod audit;
@@ -42,17 +40,24 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
+pub use collect::{
+    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
+    WindowError,
+};
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
 pub use mode::{Commanded, Mode};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
 pub use retention::{
-    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict, Window,
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
@@ -63,6 +68,11 @@ pub use verify::{verify_audit, verify_store};
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

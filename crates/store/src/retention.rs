@@ -16,6 +16,7 @@ use std::time::Duration;
 use oci::{Digest, RepositoryName, Tag};
 
 use crate::clock::Timestamp;
+use crate::collect::Window;
 use crate::error::Error;
 use crate::event;
 use crate::model::Actor;
@@ -91,26 +92,6 @@ impl Default for Retention {
             policies: Vec::new(),
             interval: Duration::from_hours(24),
             window: None,
-        }
-    }
-}
-
-/// A part of each day, UTC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Its beginning, in minutes of the day.
-    pub from: u16,
-    /// Its end, in minutes of the day; before `from`, it is over midnight.
-    pub to: u16,
-}
-
-impl Window {
-    fn holds(self, at: Timestamp) -> bool {
-        let minute = u16::try_from(at.0.div_euclid(60_000_000).rem_euclid(24 * 60)).unwrap_or(0);
-        if self.from <= self.to {
-            (self.from..self.to).contains(&minute)
-        } else {
-            minute >= self.from || minute < self.to
         }
     }
 }
@@ -196,7 +177,7 @@ impl Store {
         let retention = self.retention();
         let now = inner.clock.now();
         if retention.policies.is_empty()
-            || retention.window.is_some_and(|window| !window.holds(now))
+            || retention.window.is_some_and(|window| !window.contains(now))
         {
             return Ok(false);
         }
@@ -844,21 +825,3 @@ const LOOK: Duration = Duration::from_secs(30);
 const KEPT: Duration = Duration::from_hours(90 * 24);
 /// Micro-seconds of an hour.
 const HOUR: i64 = 3_600_000_000;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_may_go_over_midnight() {
-        let at = |hour: i64, minute: i64| Timestamp((hour * 60 + minute) * 60_000_000);
-        let night = Window {
-            from: 23 * 60,
-            to: 4 * 60,
-        };
-        assert!(night.holds(at(23, 0)) && night.holds(at(24 * 500 + 3, 59)));
-        assert!(!night.holds(at(4, 0)) && !night.holds(at(22, 59)));
-        let day = Window { from: 60, to: 120 };
-        assert!(day.holds(at(1, 30)) && !day.holds(at(2, 0)));
-    }
-}

@@ -24,9 +24,10 @@ use crate::error::Error;
 use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
+pub(crate) use postgres::check as check_postgres;
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value};
+pub(crate) use value::{Row, Value, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {

@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,7 +9,10 @@ use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::task::TaskTracker;
 
+use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
 use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -20,8 +23,8 @@ use crate::model::{
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
 use crate::sql::{Context, Db, Row, WriteKind};
-use crate::upload::claim::{Claims, Slot};
-use crate::upload::writer::{MEMORY, Session, UploadWriter};
+use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
     audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
 };
@@ -33,10 +36,11 @@ pub struct Store(pub(crate) Arc<Inner>);
 /// What all clones and all writers share.
 pub(crate) struct Inner {
     pub(crate) db: Db,
-    pub(crate) objects: FileSystem,
+    pub(crate) objects: Objects,
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
     pub(crate) scrub: crate::scrub::Counters,
     /// Whether users may write now.
     pub(crate) gate: Arc<Gate>,
@@ -47,8 +51,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Store {
@@ -66,83 +70,70 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let ObjectLocation::Directory(dir) = &location.objects else {
-            return Err(Error::Unavailable {
-                what: "the object store",
-                problem: "it is not supported yet".to_owned(),
-            });
-        };
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        Self::start(dir, url, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(dir, Some(url.to_owned()), options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
-    async fn start(dir: &Path, url: Option<String>, options: Options) -> Result<Self, Error> {
+    async fn start(
+        database: DatabaseLocation,
+        objects: ObjectLocation,
+        options: Options,
+    ) -> Result<Self, Error> {
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _) | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
+        };
         let context = Context {
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
-            gate: Arc::new(Gate::of_directory(dir, options.floor)),
+            gate: Arc::new(gate),
         };
-        let root = dir.to_owned();
-        let embedded = url.is_none();
-        let (directory, sqlite) = {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                // A disk that is full must not keep the database from being opened.
-                context.gate.look();
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((directory, sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
-        };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let (objects, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+            }
         };
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if directory.fresh {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(dir)),
-            claims: Claims::default(),
+            objects,
+            claims: Claims::new(shared),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
             scrub: crate::scrub::Counters::default(),
             gate: context.gate,
-            memory: Arc::new(Semaphore::new(MEMORY)),
+            memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(Some(directory)),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -159,10 +150,10 @@ impl Store {
         // On a full disk the log is folded into the database at the next start; nothing of it is lost.
         let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
-            .directory
+            .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
+            .clear();
         sealed.and(closed)
     }
 
@@ -180,15 +171,29 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// What all clones share, for the rooms that add methods to a store.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
     pub async fn maintain(&self) {
+        // Apart: a slow object store must not delay the rest.
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
+    }
+
+    async fn upkeep(&self) {
         let mut tick = tokio::time::interval(MAINTENANCE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // A failure that lasts is told once.
         let mut told = String::new();
         loop {
             tick.tick().await;
-            match self.maintain_once().await {
+            match self.upkeep_once().await {
                 Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
                 Err(error) => {
@@ -202,12 +207,18 @@ impl Store {
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
         self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
@@ -215,8 +226,6 @@ impl Store {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
         while inner.db.write(usage::Fold).await? {}
         let retention = inner.options.event_retention;
@@ -242,7 +251,7 @@ impl Store {
                 algorithm,
                 principal: actor.principal.clone(),
                 expiry: self.0.options.upload_expiry,
-                key: None,
+                object: None,
             })
             .await?;
         Ok(name)
@@ -285,8 +294,16 @@ impl Store {
                 }
             }
         };
-        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
-        let session = Session::resume(inner, &slot, repository, open, claim).await?;
+        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let resumed =
+            Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
+        let session = match (resumed, row_claim) {
+            (Err(error), Some(row_claim)) => {
+                row_claim.release().await;
+                return Err(error);
+            }
+            (resumed, _) => resumed?,
+        };
         *slot.session.lock().await = Some(Box::new(session));
         slot.touch();
         Ok(UploadWriter::new(inner, slot))
@@ -305,8 +322,15 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let open = upload::find(&self.0.db, repository, id, self.0.clock.now()).await?;
-        self.0.db.write(upload::Expire { id: open.id }).await
+        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let claim = row_claim.map(|claim| claim.token().to_owned());
+        self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Takes claims in the rows of uploads as replicas do, for the contract tests.
+    #[doc(hidden)]
+    pub fn share_claims(&self) {
+        self.0.claims.share();
     }
 
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
@@ -653,7 +677,17 @@ impl Store {
     /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
     #[doc(hidden)]
     pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        self.0.db.write(VerifyOpen(Arc::clone(&self.0))).await
+        let listed = self.0.objects.list().await?;
+        let (mut report, doubts) = self
+            .0
+            .db
+            .write(VerifyOpen(Arc::clone(&self.0), listed))
+            .await?;
+        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
+        report
+            .problems
+            .extend(kept.into_iter().map(|doubt| doubt.problem));
+        Ok(report)
     }
 }
 
@@ -665,24 +699,57 @@ impl std::fmt::Debug for Store {
     }
 }
 
-struct VerifyOpen(Arc<Inner>);
+struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
-    type Output = crate::VerifyReport;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
-        let objects = &self.0.objects;
+    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
+
+    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
+        let files = self.0.objects.files().map(Arc::as_ref);
         let mut report = crate::VerifyReport::default();
         let mut doubts = Vec::new();
-        let listed = objects.list()?;
-        crate::verify::check(tx, objects, listed, &mut report, &mut doubts).await?;
-        crate::verify::settle(tx, doubts, &mut report).await?;
+        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
+        if files.is_some() {
+            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
+        }
         if let Err(problem) = audit::verify(tx).await? {
             report.problems.push(problem);
         }
-        Ok(report)
+        Ok((report, doubts))
     }
+}
+
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
 }
 
 /// Records what an idle writer wrote and gives its claim back.
@@ -700,6 +767,38 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
             Ok(())
         }
         other => other,
+    }
+}
+
+/// Finds an upload and, where other replicas may write it, claims it in its row.
+async fn claim_row(
+    inner: &Arc<Inner>,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
+    if !inner.claims.shared() {
+        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
+        return Ok((open, None));
+    }
+    let (token, asked) = (random_name()?, tokio::time::Instant::now());
+    let claimed = inner
+        .db
+        .write(upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: inner.options.claim_idle,
+        })
+        .await?;
+    match claimed {
+        Some(open) => {
+            let claim = RowClaim::new(inner, open.id, token, asked);
+            Ok((open, Some(claim)))
+        }
+        None => {
+            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+            Err(Error::UploadBusy { offset })
+        }
     }
 }
 

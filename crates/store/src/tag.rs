@@ -112,7 +112,7 @@ pub(crate) async fn set(
         referrer::link_tag(tx, repository, tag, target.digest, target.size, target.view).await?;
         if let Some(current) = &current {
             // I7: the tag was an edge of the manifest that it leaves.
-            lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+            lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
         }
         failpoint("tag.after_history");
         events.push(NewEvent {
@@ -141,11 +141,7 @@ pub(crate) async fn remove_all_of(
     media_type: &str,
     events: &mut Vec<NewEvent>,
 ) -> Result<(), Error> {
-    let mut names = Vec::new();
-    for row in tx.query(&OF_MANIFEST, &[manifest.into()]).await? {
-        names.push(row.parse::<Tag>(0)?);
-    }
-    for tag in names {
+    for tag in names_of(tx, manifest).await? {
         if let Some(current) = take(tx, change.place.repository, &tag).await? {
             remove(tx, change, &tag, &current, media_type, events).await?;
         }
@@ -173,6 +169,15 @@ pub(crate) async fn remove_unmoved(
     Ok(true)
 }
 
+/// The tags that point to a manifest, locked.
+async fn names_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
+    tx.query(&OF_MANIFEST, &[manifest.into()])
+        .await?
+        .iter()
+        .map(|row| row.parse(0))
+        .collect()
+}
+
 async fn remove(
     tx: &mut Tx,
     change: &Change<'_>,
@@ -186,8 +191,12 @@ async fn remove(
     tx.execute(&REMOVE, &[repository.into(), tag.as_str().into()])
         .await?;
     add_history(tx, change, tag, current.generation + 1, None).await?;
+    if tag.subject().is_some() {
+        let others = names_of(tx, current.manifest).await?;
+        referrer::unlink_tag(tx, repository, tag, &current.digest, &others).await?;
+    }
     // I7: the tag was an edge of the manifest.
-    lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+    lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
     failpoint("delete.after_rows");
     events.push(NewEvent {
         kind: EventKind::TagDeleted,

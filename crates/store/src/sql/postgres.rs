@@ -4,6 +4,8 @@
 //! READ COMMITTED is weaker than SQLite's one writer, so every read that a write depends on takes a row
 //! lock or is backed by a constraint.
 
+mod settings;
+
 use std::collections::HashMap;
 use std::error::Error as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -98,6 +100,11 @@ impl Postgres {
         self.pool.permits.close();
         lock(&self.pool.idle).clear();
     }
+}
+
+/// Checks a connection string without connecting; what is wrong with it never shows it.
+pub(crate) fn check(text: &str) -> Result<(), String> {
+    settings::Settings::parse(text).map(drop)
 }
 
 async fn transact<B: Body>(

@@ -149,10 +149,13 @@ impl Sqlite {
 }
 
 impl Drop for Sqlite {
-    /// Waits for the writer, so that the files are closed before the directory lock goes.
+    /// Waits for the writer, so that the files are closed before the directory lock goes. The writer itself is here
+    /// when the last transaction held the last handle; then there is nobody to wait for.
     fn drop(&mut self) {
         lock(&self.jobs).take();
-        if let Some(thread) = lock(&self.thread).take() {
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.thread().id() != std::thread::current().id()
+        {
             let _ = thread.join();
         }
     }

@@ -85,7 +85,6 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
-        crate::collect::STATEMENTS,
         crate::event::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
@@ -102,6 +101,7 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::verify::STATEMENTS,
     ]
     .into_iter()
+    .chain(crate::collect::STATEMENTS)
     .flatten()
     .copied()
 }

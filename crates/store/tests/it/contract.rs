@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Descriptor, Digest, Manifest};
-use store::{AuditEntry, Error, EventKind, Expected, Options, Store, TagWrite};
+use store::{AuditEntry, Error, EventKind, Expected, GcOptions, Options, Store, TagWrite};
 
+use crate::collection;
 use crate::engine::{
     Engine, actor, assert_sound, by_digest, by_tag, content, described, image, index, name,
     postgres, push_blob, push_image, push_in_pieces, put, put_of, read_blob, sqlite, tag, write_of,
@@ -16,6 +17,11 @@ use crate::engine::{
 async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     let options = || Options {
         allow_sparse: false,
+        // What is collected when has its own part below.
+        gc: GcOptions {
+            enabled: false,
+            ..GcOptions::default()
+        },
         ..Options::default()
     };
     for engine in [sqlite(options()).await, postgres(options()).await] {
@@ -68,6 +74,12 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     ] {
         sparse_edges_are_filled(&engine.store).await;
         assert_sound(&engine.store).await;
+    }
+    for engine in [
+        sqlite(collection::options()).await,
+        postgres(collection::options()).await,
+    ] {
+        collection::keeps_the_contract(&engine.store).await;
     }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()

@@ -1,6 +1,8 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
@@ -11,6 +13,7 @@ mod engine;
 mod kill;
 #[cfg(test)]
 mod modes;
+mod object_store;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
