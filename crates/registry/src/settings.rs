@@ -8,6 +8,8 @@ use std::time::Duration;
 use oci::Glob;
 use serde::Deserialize;
 
+use crate::redirect::Redirect;
+
 /// Settings of a [`crate::Server`].
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -26,6 +28,8 @@ pub struct Settings {
     pub drain: Duration,
     /// Write one log line per request.
     pub access_log: bool,
+    /// Pulls that are sent to the object store, where blobs are in one.
+    pub redirect: Option<Redirect>,
 }
 
 impl Default for Settings {
@@ -38,6 +42,7 @@ impl Default for Settings {
             access: Access::Open,
             drain: Duration::from_secs(30),
             access_log: true,
+            redirect: None,
         }
     }
 }

@@ -15,6 +15,7 @@
 //! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod attempt;
 mod audit;
 mod blob;
 mod clock;
@@ -23,12 +24,15 @@ mod directory;
 mod error;
 mod event;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;
 mod meta;
 mod mode;
 mod model;
+mod pin;
+mod pull;
 mod referrer;
 mod repository;
 mod retention;
@@ -36,11 +40,13 @@ mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;
 
 pub use blob::s3::{RemoteBlob, RemoteStream};
+pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
@@ -60,8 +66,11 @@ pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use store::Store;
 pub use upload::writer::UploadWriter;
+pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
 pub use verify::{verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build

@@ -37,6 +37,12 @@ pub struct Options {
     pub retention: std::sync::Arc<crate::Retention>,
     /// Connections to PostgreSQL at once, at most (16). One more waits for events.
     pub database_connections: usize,
+    /// Logical bytes that a namespace without a quota of its own may use (no limit).
+    pub quota: Option<u64>,
+    /// How long pull statistics are kept (90 days); zero keeps none.
+    pub pull_retention: Duration,
+    /// How long what agents reported is kept (400 days); `None` keeps it for ever.
+    pub attempt_retention: Option<Duration>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -53,6 +59,9 @@ impl Default for Options {
             scrub_period: Duration::from_hours(30 * 24),
             retention: std::sync::Arc::default(),
             database_connections: 16,
+            quota: None,
+            pull_retention: Duration::from_hours(90 * 24),
+            attempt_retention: Some(Duration::from_hours(400 * 24)),
         }
     }
 }
@@ -155,7 +164,7 @@ pub struct PutOutcome {
     pub subject: Option<Digest>,
     /// The manifest was not there before.
     pub created: bool,
-    /// The event number of the commit (0 when nothing changed).
+    /// The event number of the commit: 0 when nothing changed, and on PostgreSQL, where the sealer gives it later.
     pub event: i64,
 }
 /// A tag's state.
@@ -276,12 +285,31 @@ pub struct Statistics {
     pub blob_bytes: u64,
     /// Manifests.
     pub manifests: u64,
+    /// Their bytes.
+    pub manifest_bytes: u64,
     /// Tags.
     pub tags: u64,
     /// Open uploads.
     pub uploads: u64,
     /// Objects waiting for their physical deletion.
     pub pending_deletions: u64,
+    /// The distinct blobs and the manifests of each repository, in bytes: what there would be without deduplication.
+    pub logical_bytes: u64,
+    /// How many they are.
+    pub logical_objects: u64,
+    /// Blobs that no repository holds any more.
+    pub waiting_blobs: u64,
+    /// Their bytes, which are still stored.
+    pub waiting_bytes: u64,
+    /// How old these figures are.
+    pub age: Duration,
+}
+
+impl Statistics {
+    /// Bytes of distinct blobs and of manifests.
+    pub fn stored_bytes(&self) -> u64 {
+        self.blob_bytes.saturating_add(self.manifest_bytes)
+    }
 }
 
 /// What `verify-store` found. Offline, or read-only beside a running server.

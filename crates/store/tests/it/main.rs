@@ -20,5 +20,6 @@ mod postgres;
 mod retention;
 #[cfg(test)]
 mod scrub;
+mod reports;
 #[cfg(test)]
 mod uploads;

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use bytes::Bytes;
 use ::object_store::aws::{AwsAuthorizer, AwsCredential};
 use ::object_store::client::{HttpConnector, HttpRequestBody, ReqwestConnector};
+use bytes::Bytes;
 use oci::{Algorithm, Digest, RepositoryName};
 use store::{
     DatabaseLocation, Error, Location, ObjectLocation, Options, S3Credentials, S3Location, Store,
@@ -44,8 +44,11 @@ async fn keeps_the_contract(objects: ObjectStore) {
         let postgres = DatabaseLocation::Postgres(url.clone());
         objects.open(postgres, "postgres/below", Options::default())
     };
+    let store = replica().await;
+    one_replica(&objects, &store).await;
+    store.close().await.unwrap();
+    // With clocks that nobody moved.
     let (one, two) = (replica().await, replica().await);
-    one_replica(&objects, &one).await;
     two_replicas(&objects, &one, &two).await;
     one.close().await.unwrap();
     two.close().await.unwrap();
@@ -95,7 +98,10 @@ async fn sizes(store: &Store) {
                 .unwrap()
                 .unwrap();
             assert_eq!(blob.size, size as u64);
-            assert!(blob.read(0..u64::MAX).await.unwrap() == bytes, "{size} {way}");
+            assert!(
+                blob.read(0..u64::MAX).await.unwrap() == bytes,
+                "{size} {way}"
+            );
             let (from, to) = (size / 3, size - size / 5);
             let part = blob.read(from as u64..to as u64).await.unwrap();
             assert!(part == bytes[from..to], "{size} {way}");
@@ -109,7 +115,17 @@ async fn odd_pieces(store: &Store) {
     let digest = Digest::sha256(&bytes);
     let id = start(store, &repository).await;
     let mut at = 0;
-    for length in [1, 7, 16_384, 3 * MIB, 8 * MIB - 1, 8 * MIB, 20 * MIB + 3, 11, 33 * MIB] {
+    for length in [
+        1,
+        7,
+        16_384,
+        3 * MIB,
+        8 * MIB - 1,
+        8 * MIB,
+        20 * MIB + 3,
+        11,
+        33 * MIB,
+    ] {
         let mut writer = claim(store, &repository, &id).await;
         assert_eq!(writer.offset(), at as u64);
         for start in (at..at + length).step_by(300_000) {
@@ -146,7 +162,10 @@ async fn ends_without_a_blob(store: &Store) {
         let mut writer = claim(store, &repository, &cancelled).await;
         writer.write(bytes.clone()).await.unwrap();
         let busy = store.cancel_upload(&repository, &cancelled).await;
-        assert!(matches!(busy, Err(Error::UploadBusy { offset: 0 })), "{busy:?}");
+        assert!(
+            matches!(busy, Err(Error::UploadBusy { offset: 0 })),
+            "{busy:?}"
+        );
         writer.record().await.unwrap();
         store.cancel_upload(&repository, &cancelled).await.unwrap();
         let gone = store.upload_offset(&repository, &cancelled).await;
@@ -156,7 +175,10 @@ async fn ends_without_a_blob(store: &Store) {
         let mut writer = claim(store, &repository, &mismatched).await;
         writer.write(bytes.clone()).await.unwrap();
         let refused = writer.commit(&wrong, &actor()).await;
-        assert!(matches!(refused, Err(Error::DigestMismatch { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Err(Error::DigestMismatch { .. })),
+            "{refused:?}"
+        );
         let gone = store.upload_offset(&repository, &mismatched).await;
         assert!(matches!(gone, Err(Error::UploadUnknown)));
 
@@ -231,9 +253,15 @@ async fn one_writer_among_replicas(one: &Store, two: &Store) {
         let mut first = claim(one, &repository, &id).await;
         first.write(mine.slice(..size / 2)).await.unwrap();
         let busy = two.claim_upload(&repository, &id).await;
-        assert!(matches!(busy, Err(Error::UploadBusy { offset: 0 })), "{busy:?}");
+        assert!(
+            matches!(busy, Err(Error::UploadBusy { offset: 0 })),
+            "{busy:?}"
+        );
         let busy = two.cancel_upload(&repository, &id).await;
-        assert!(matches!(busy, Err(Error::UploadBusy { offset: 0 })), "{busy:?}");
+        assert!(
+            matches!(busy, Err(Error::UploadBusy { offset: 0 })),
+            "{busy:?}"
+        );
         two.advance_clock(Duration::from_mins(2));
         let mut second = claim(two, &repository, &id).await;
         second.write(other.clone()).await.unwrap();
@@ -246,6 +274,7 @@ async fn one_writer_among_replicas(one: &Store, two: &Store) {
         assert!(read_blob(one, &repository, &digest).await.unwrap() == other);
         let gone = one.claim_upload(&repository, &id).await;
         assert!(matches!(gone, Err(Error::UploadUnknown)));
+        one.advance_clock(Duration::from_mins(2));
     }
 }
 
@@ -345,15 +374,22 @@ impl ObjectStore {
             _directory: directory,
         };
         loop {
-            if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
-                && store.open_uploads().await.contains("ListMultipartUploadsResult")
+            if tokio::net::TcpStream::connect(("127.0.0.1", port))
+                .await
+                .is_ok()
+                && store
+                    .open_uploads()
+                    .await
+                    .contains("ListMultipartUploadsResult")
             {
                 return store;
             }
             if store.child.try_wait().unwrap().is_some() {
                 let mut said = String::new();
                 if let Some(stderr) = store.child.stderr.take() {
-                    let _ = BufReader::new(stderr).take(10_000).read_to_string(&mut said);
+                    let _ = BufReader::new(stderr)
+                        .take(10_000)
+                        .read_to_string(&mut said);
                 }
                 panic!("the object store ended before it could be reached: {said}");
             }
@@ -395,7 +431,12 @@ impl ObjectStore {
         let options = ::object_store::ClientOptions::new().with_allow_http(true);
         let client = ReqwestConnector::default().connect(&options).unwrap();
         match client.execute(request).await {
-            Ok(response) => response.into_body().bytes().await.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default(),
+            Ok(response) => response
+                .into_body()
+                .bytes()
+                .await
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .unwrap_or_default(),
             Err(error) => error.to_string(),
         }
     }
