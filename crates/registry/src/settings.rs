@@ -3,12 +3,11 @@
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
+use oci::Glob;
 use serde::Deserialize;
 
-use crate::auth::glob::{Glob, GlobError};
 use crate::redirect::Redirect;
 
 /// Settings of a [`crate::Server`].
@@ -254,13 +253,6 @@ impl Action {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-impl<'de> Deserialize<'de> for Glob {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Self::from_str(&text).map_err(|error: GlobError| serde::de::Error::custom(error))
     }
 }
 

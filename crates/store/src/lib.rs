@@ -37,6 +37,7 @@ mod pin;
 mod pull;
 mod referrer;
 mod repository;
+mod retention;
 mod scrub;
 mod sql;
 mod store;
@@ -66,6 +67,9 @@ pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
+};
+pub use retention::{
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;

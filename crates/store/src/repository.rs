@@ -48,6 +48,12 @@ pub(crate) async fn find(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Pl
         .transpose()
 }
 
+/// The row id of a repository, to look at what it holds.
+pub(crate) async fn id(db: &Db, name: &RepositoryName) -> Result<Option<i64>, Error> {
+    let rows = db.read(&FIND, &[name.as_str().into()]).await?;
+    rows.first().map(|row| row.i64(0)).transpose()
+}
+
 /// A repository that is looked up by its row.
 pub(crate) struct Known {
     pub(crate) place: Place,

@@ -235,7 +235,11 @@ impl Store {
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0));
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
     }
 
     async fn upkeep(&self) {
@@ -536,8 +540,8 @@ impl Store {
             .0
             .db
             .write(manifest::Put {
+                lease: self.0.untagged(&put.repository),
                 put: Arc::new(put),
-                lease: self.0.options.lease,
                 allow_sparse: self.0.options.allow_sparse,
             })
             .await;
@@ -561,7 +565,7 @@ impl Store {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -584,7 +588,7 @@ impl Store {
                 tag: tag.clone(),
                 expected,
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }

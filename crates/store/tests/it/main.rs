@@ -10,15 +10,18 @@ mod contract;
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
 mod modes;
+#[cfg(test)]
 mod object_store;
 #[cfg(test)]
 mod postgres;
+#[cfg(test)]
 mod reports;
+#[cfg(test)]
+mod retention;
 #[cfg(test)]
 mod scrub;
 #[cfg(test)]
