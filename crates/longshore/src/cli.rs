@@ -4,6 +4,7 @@ pub(crate) mod agent;
 mod artifact;
 mod completions;
 mod login;
+mod mode;
 pub(crate) mod proof;
 mod release;
 mod server;
@@ -45,6 +46,7 @@ impl Cli {
             Command::Login(command) => command.run(&global).await,
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
+            Command::Mode(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
@@ -110,6 +112,11 @@ impl Global {
     }
 }
 
+/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
+    login::host(text.unwrap_or("127.0.0.1:5050"))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the registry.
@@ -149,6 +156,8 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Show or set whether a registry takes writes.
+    Mode(mode::Mode),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// The audit record.

@@ -3,6 +3,8 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod gc;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,9 +63,23 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let raw = raw.overlay(environment)?;
-        raw.check(data, listen)
-            .map_err(|error| config_error(file, error))
+        let environment: Vec<(String, String)> = environment.into_iter().collect();
+        let raw = raw.overlay(environment.iter().cloned())?;
+        #[cfg_attr(
+            not(feature = "failpoints"),
+            expect(unused_mut, reason = "only a test build changes it")
+        )]
+        let mut config = raw
+            .check(data, listen)
+            .map_err(|error| config_error(file, error))?;
+        #[cfg(feature = "failpoints")]
+        {
+            let lease = environment
+                .iter()
+                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
+            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
+        }
+        Ok(config)
     }
 }
 
@@ -121,6 +137,7 @@ struct Raw {
     auth: Auth,
     access: Option<Vec<Rule>>,
     events: Events,
+    gc: gc::Gc,
     log: Option<Log>,
 }
 
@@ -175,6 +192,7 @@ struct Storage {
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
+    floor: Option<Size>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -312,11 +330,18 @@ impl Raw {
             }
             options.database_connections = connections;
         }
+        options.floor = self
+            .storage
+            .floor
+            .as_ref()
+            .map(|size| bytes("storage.floor", size))
+            .transpose()?;
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        self.gc.apply(&mut options, false)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -369,14 +394,13 @@ impl Raw {
                 .server
                 .limits
                 .manifest_bytes
-                .map(|size| match size {
-                    Size::Bytes(bytes) => Ok(bytes),
-                    Size::Text(text) => parse_size(&text).with_context(|| {
-                        format!("`server.limits.manifest_bytes`: `{text}` is no size, write for example `8MiB`")
-                    }),
-                })
+                .map(|size| bytes("server.limits.manifest_bytes", &size))
                 .transpose()?,
-            drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
+            drain: self
+                .server
+                .drain
+                .map(|text| period("server.drain", &text))
+                .transpose()?,
             location: self.storage.location(data)?,
             store: options,
             htpasswd,
@@ -604,6 +628,15 @@ pub(crate) fn parse_period(text: &str) -> Option<Duration> {
     Some(total)
 }
 
+/// The bytes of a size.
+fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
+    match size {
+        Size::Bytes(bytes) => Ok(*bytes),
+        Size::Text(text) => parse_size(text)
+            .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
+    }
+}
+
 /// `4MiB`, `10 MB`, `4096`.
 fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
@@ -634,7 +667,7 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 6] = ["server", "storage", "auth", "access", "events", "log"];
+const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
 
 #[cfg(test)]
 mod tests;

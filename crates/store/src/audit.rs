@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, AuditEntry};
-use crate::sql::{Body, Db, Lock, Row, Tx, statements};
+use crate::sql::{Body, Db, Lock, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO audit (id, at, principal, action, target, outcome, address, request) \
@@ -68,6 +68,7 @@ pub(crate) struct Add(pub(crate) AuditEntry);
 
 impl Body for Add {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Self(entry) = self;
@@ -96,6 +97,7 @@ struct Seal;
 
 impl Body for Seal {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         // Another replica that is at it takes what is there, and the next round the rest.

@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::meta;
 use crate::model::{Actor, Event, EventBounds, EventKind};
-use crate::sql::{Body, Context, Db, Lock, Row, Tx, Value, statements};
+use crate::sql::{Body, Context, Db, Lock, Row, Tx, Value, WriteKind, statements};
 
 statements! {
     NEXT = "UPDATE counter SET value = value + $1 WHERE name = 'event' RETURNING value";
@@ -105,6 +105,7 @@ struct Seal {
 
 impl Body for Seal {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         // Whoever waits here sees afterwards what the other one left, so nobody has to come again.
@@ -272,6 +273,7 @@ struct Prune {
 
 impl Body for Prune {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         if !tx.try_lock(Lock::Upkeep).await? {
@@ -294,6 +296,7 @@ fn name(kind: EventKind) -> &'static str {
         EventKind::ManifestDeleted => "manifest.deleted",
         EventKind::TagUpdated => "tag.updated",
         EventKind::TagDeleted => "tag.deleted",
+        EventKind::RepositoryDeleted => "repository.deleted",
     }
 }
 
@@ -303,6 +306,7 @@ fn kind(name: &str) -> Result<EventKind, Error> {
         "manifest.deleted" => EventKind::ManifestDeleted,
         "tag.updated" => EventKind::TagUpdated,
         "tag.deleted" => EventKind::TagDeleted,
+        "repository.deleted" => EventKind::RepositoryDeleted,
         other => return Err(Error::Database(format!("unknown event kind `{other}`"))),
     })
 }

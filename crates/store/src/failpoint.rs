@@ -40,6 +40,19 @@ pub(crate) const NAMES: &[&str] = &[
     "delete.after_rows",
     "sql.before_commit",
     "sql.after_commit",
+    "collect.before_claim",
+    "collect.after_claim",
+    "collect.before_lock",
+    "collect.after_lock",
+    "collect.before_rows",
+    "collect.after_rows",
+    "collect.after_edges",
+    "collect.before_forget",
+    "collect.after_transaction",
+    "collect.before_hide",
+    "collect.after_hide",
+    "collect.before_step",
+    "collect.after_step",
     "outbox.before_remove",
     "outbox.after_remove",
     "outbox.after_entry_sync",
@@ -88,4 +101,13 @@ pub(crate) fn failpoint(name: &str) {
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
+}
+
+/// Tells whether a test has planted the bug of this name (`LONGSHORE_TEST_BUG=name`), to show that it is found.
+#[cfg(feature = "failpoints")]
+pub(crate) fn planted(name: &str) -> bool {
+    static BUG: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    BUG.get_or_init(|| std::env::var("LONGSHORE_TEST_BUG").ok())
+        .as_deref()
+        == Some(name)
 }

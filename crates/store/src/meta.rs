@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::model::TokenKey;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     GET = "SELECT value FROM meta WHERE key = $1";
@@ -40,6 +40,7 @@ struct Epoch {
 
 impl Body for Epoch {
     type Output = String;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<String, Error> {
         tx.execute(&PUT, &["epoch".into(), (&self.fresh).into()])
@@ -60,6 +61,7 @@ pub(crate) struct ForgetMarks;
 
 impl Body for ForgetMarks {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let before = tx.now().minus(MARKS_KEPT);
@@ -85,6 +87,7 @@ struct MakeKey(TokenKey);
 
 impl Body for MakeKey {
     type Output = Vec<TokenKey>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Vec<TokenKey>, Error> {
         // The lock makes replicas that start together agree on one key.

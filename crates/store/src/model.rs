@@ -6,6 +6,7 @@ use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
 use crate::clock::Timestamp;
+use crate::collect::GcOptions;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]
@@ -24,6 +25,15 @@ pub struct Options {
     pub allow_sparse: bool,
     /// Connections to PostgreSQL at once, at most (16). One more waits for events.
     pub database_connections: usize,
+    /// The collector.
+    pub gc: GcOptions,
+    /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
+    /// file system).
+    pub floor: Option<u64>,
+    /// Bytes per second that the scrub reads (8 MiB); 0 turns it off.
+    pub scrub_rate: u64,
+    /// The scrub reads everything once in this time (30 days).
+    pub scrub_period: Duration,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -35,6 +45,10 @@ impl Default for Options {
             inline_limit: 16 * 1024,
             allow_sparse: false,
             database_connections: 16,
+            gc: GcOptions::default(),
+            floor: None,
+            scrub_rate: 8 << 20,
+            scrub_period: Duration::from_hours(30 * 24),
         }
     }
 }
@@ -213,6 +227,8 @@ pub enum EventKind {
     TagUpdated,
     /// A tag was deleted.
     TagDeleted,
+    /// A repository was deleted with all that it held. The event names no manifest: its digest is that of nothing.
+    RepositoryDeleted,
 }
 /// An audit row.
 #[derive(Clone, Debug)]

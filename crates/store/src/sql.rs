@@ -21,12 +21,13 @@ use tokio::sync::{Notify, watch};
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
+use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use postgres::{Listener, check as check_postgres};
 pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value};
+pub(crate) use value::{Row, Value, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
@@ -85,14 +86,6 @@ impl Db {
         }
     }
 
-    /// Whether the database is known to take no writes, for a reason of its own.
-    pub(crate) fn is_read_only(&self) -> bool {
-        match self {
-            Self::Sqlite(_) => false,
-            Self::Postgres(postgres) => postgres.is_read_only(),
-        }
-    }
-
     /// Hears what other replicas announce on a channel; `None` where there are no others.
     pub(crate) async fn listen(&self, channel: &str) -> Result<Option<Listener>, Error> {
         match self {
@@ -110,6 +103,14 @@ impl Db {
     pub(crate) fn stop(&self, reason: &str) {
         if let Self::Postgres(postgres) = self {
             postgres.stop(reason);
+        }
+    }
+
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
         }
     }
 
@@ -140,11 +141,14 @@ pub(crate) struct Context {
     pub(crate) signal: Arc<watch::Sender<i64>>,
     /// Told of each COMMIT that left events without a number.
     pub(crate) unsealed: Arc<Notify>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
 }
 
 impl Context {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(gate: Arc<Gate>) -> Self {
         Self {
+            gate,
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
             unsealed: Arc::default(),
@@ -168,7 +172,22 @@ impl Context {
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
+    /// Who writes, and so whether it may run in a read-only mode.
+    const KIND: WriteKind = WriteKind::User;
+
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// Whose write a transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteKind {
+    /// A caller's: refused in every read-only mode.
+    User,
+    /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
+    /// the mode was commanded.
+    Delete,
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    Maintenance,
 }
 
 /// A transaction that is running.
@@ -205,6 +224,15 @@ impl Tx {
     /// A new row id.
     pub(crate) fn id(&self) -> i64 {
         self.context.clock.id()
+    }
+
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends. On SQLite the one
+    /// writer does both.
+    pub(crate) async fn exclude_users(&mut self) -> Result<(), Error> {
+        match &mut self.connection {
+            Connection::Sqlite(_) => Ok(()),
+            Connection::Postgres(session) => session.exclude_users().await,
+        }
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

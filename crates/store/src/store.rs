@@ -16,11 +16,12 @@ use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, Slot};
 use crate::upload::writer::{MEMORY, Session, UploadWriter};
 use crate::{
@@ -29,7 +30,7 @@ use crate::{
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
@@ -38,6 +39,10 @@ pub(crate) struct Inner {
     pub(crate) claims: Claims,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -87,7 +92,11 @@ impl Store {
         objects: &Path,
         options: Options,
     ) -> Result<Self, Error> {
-        let context = Context::new();
+        let gate = match &database {
+            DatabaseLocation::Sqlite(root) => Gate::of_directory(root, options.floor),
+            DatabaseLocation::Postgres(_) => Gate::of_directory(objects, options.floor),
+        };
+        let context = Context::new(Arc::new(gate));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
         if !locks.iter().any(|held| held.is(objects)) {
@@ -113,6 +122,9 @@ impl Store {
             claims: Claims::default(),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(MEMORY)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
@@ -139,6 +151,8 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
             .locks
             .lock()
@@ -150,16 +164,10 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
-    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Unavailable`];
+    /// [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await?;
-        if self.0.db.is_read_only() {
-            return Err(Error::ReadOnly {
-                reason: "the database takes no writes".to_owned(),
-            });
-        }
-        Ok(())
+        meta::ping(&self.0.db).await
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -168,39 +176,56 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, sealing) until the future is dropped.
+    /// What all clones share, for the rooms that add methods to a store.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
-        let mut failing = false;
+        // Apart: a slow object store must not delay the rest.
+        tokio::join!(self.upkeep(), collect::work(&self.0));
+    }
+
+    async fn upkeep(&self) {
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
-            match self.maintain_once().await {
-                Ok(()) => failing = false,
+            match self.upkeep_once().await {
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                // Once for each outage: it is tried again every second.
-                Err(error) if !failing => {
-                    failing = true;
-                    tracing::warn!(%error, "background work failed, it is tried again");
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
                 }
-                Err(error) => tracing::debug!(%error, "background work still fails"),
             }
             tokio::time::sleep(between_rounds()).await;
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
         while inner.db.write(usage::Fold).await? {}
         let now = inner.clock.now();
@@ -267,6 +292,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -308,13 +334,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -664,6 +691,7 @@ struct VerifyOpen(Arc<Inner>);
 
 impl crate::sql::Body for VerifyOpen {
     type Output = crate::VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
         let objects = &self.0.objects;
@@ -689,6 +717,8 @@ async fn open_database(
         DatabaseLocation::Sqlite(root) => {
             blocking(move || {
                 let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
                 let path = directory::database(&root);
                 let db = Db::open_sqlite(&path, directory.fresh, context)?;
                 Ok((db, vec![directory]))
@@ -715,6 +745,16 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 

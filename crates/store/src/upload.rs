@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, UploadId};
 use crate::repository;
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO upload (id, name, repository_id, algorithm, storage_key, body, size, hash_state, \
@@ -264,6 +264,7 @@ pub(crate) struct Expire {
 
 impl Body for Expire {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         if remove(tx, self.id).await? {
@@ -282,6 +283,7 @@ pub(crate) struct Collect {
 
 impl Body for Collect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let row = tx.query_opt(&TAKE, &[self.id.into()]).await?;

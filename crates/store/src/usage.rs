@@ -3,7 +3,7 @@
 
 use crate::error::Error;
 use crate::repository::Place;
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO usage_delta (id, namespace_id, bytes, objects, at) VALUES ($1, $2, $3, $4, $5)";
@@ -48,6 +48,7 @@ pub(crate) struct Fold;
 
 impl Body for Fold {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let mut sums = std::collections::BTreeMap::<i64, (i64, i64)>::new();

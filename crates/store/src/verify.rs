@@ -68,7 +68,11 @@ pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
         let listed = objects.list()?;
         let snapshot = || {
             check_present(&dir)?;
-            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), Context::new())
+            sql::sqlite_snapshot(
+                &directory::database(&dir),
+                lock.is_some(),
+                Context::new(std::sync::Arc::default()),
+            )
         };
         let mut tx = snapshot()?;
         let mut report = VerifyReport {
@@ -98,7 +102,11 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
-        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
+        let mut tx = sql::sqlite_snapshot(
+            &database,
+            lock.is_some(),
+            Context::new(std::sync::Arc::default()),
+        )?;
         sql::poll_once(audit::verify(&mut tx))?
             .map_err(|problem| Error::damaged(&database, problem))
     })

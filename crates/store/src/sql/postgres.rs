@@ -95,9 +95,12 @@ impl Postgres {
         }
     }
 
-    /// Whether the database is known to take no writes.
-    pub(super) fn is_read_only(&self) -> bool {
-        self.pool.is_read_only()
+    /// Tells whether the server takes no writes.
+    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
+        let session = self.pool.take().await?;
+        let writable = session.writable;
+        self.pool.give_back(session);
+        Ok(!writable)
     }
 
     /// A session that hears what is said on a channel. The name is ours and needs no quoting.
@@ -163,6 +166,7 @@ async fn transact<B: Body>(
     let mut attempt = 0;
     loop {
         attempt += 1;
+        context.gate.check(B::KIND)?;
         let (failure, fault) = match pool.take().await {
             Ok(session) => match once(pool, context, body, session).await {
                 Ok(output) => return Ok(output),
@@ -193,7 +197,7 @@ async fn once<B: Body>(
     body: &B,
     mut session: Session,
 ) -> Result<B::Output, (Error, Fault)> {
-    session.begin();
+    session.begin(B::KIND);
     let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
     let outcome = body.run(&mut tx).await;
     let (event, unsealed, now) = (tx.event, tx.unsealed, tx.now);
@@ -208,7 +212,10 @@ async fn once<B: Body>(
             // A session that cannot be rolled back is dropped with its connection, never used again.
             match fault {
                 Fault::Lost => pool.forget_idle(),
-                Fault::ReadOnly if session.writable => pool.note_read_only(),
+                Fault::ReadOnly if session.writable => {
+                    pool.note_read_only();
+                    context.gate.note_recovery(true);
+                }
                 _ if session.roll_back().await => pool.give_back(session),
                 _ => {}
             }

@@ -85,20 +85,22 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
-        crate::collect::STATEMENTS,
         crate::event::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
+        crate::mode::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
         super::STATEMENTS,
+        crate::scrub::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,
         crate::verify::STATEMENTS,
     ]
     .into_iter()
+    .chain(crate::collect::STATEMENTS)
     .flatten()
     .copied()
 }

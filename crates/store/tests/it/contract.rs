@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Descriptor, Digest, Manifest};
-use store::{AuditEntry, Error, EventKind, Expected, Options, Store, TagWrite};
+use store::{AuditEntry, Error, EventKind, Expected, GcOptions, Options, Store, TagWrite};
 
+use crate::collection;
 use crate::engine::{
     Engine, actor, assert_sound, by_digest, by_tag, content, described, image, index, name,
     postgres, push_blob, push_image, push_in_pieces, put, put_of, read_blob, sqlite, tag, write_of,
@@ -16,6 +17,11 @@ use crate::engine::{
 async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     let options = || Options {
         allow_sparse: false,
+        // What is collected when has its own part below.
+        gc: GcOptions {
+            enabled: false,
+            ..GcOptions::default()
+        },
         ..Options::default()
     };
     for engine in [sqlite(options()).await, postgres(options()).await] {
@@ -30,10 +36,15 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         events_are_numbered(store).await;
         usage_and_totals_add_up(store).await;
         sixteen_clients(store).await;
+        crate::modes::read_only_by_command(store).await;
+        crate::modes::no_write_comes_after_the_command(store).await;
         assert_sound(store).await;
         uploads_end(store).await;
         what_was_reported_is_kept(store).await;
         damage_is_healed(&engine).await;
+        crate::scrub::damaged_objects_are_marked_and_healed(&engine).await;
+        crate::scrub::what_cannot_be_read_is_not_judged(&engine).await;
+        crate::scrub::damaged_rows_are_found(&engine).await;
         assert_sound(store).await;
         engine.store.clone().close().await.unwrap();
     }
@@ -51,6 +62,12 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     ] {
         sparse_edges_are_filled(&engine.store).await;
         assert_sound(&engine.store).await;
+    }
+    for engine in [
+        sqlite(collection::options()).await,
+        postgres(collection::options()).await,
+    ] {
+        collection::keeps_the_contract(&engine.store).await;
     }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()
