@@ -324,18 +324,18 @@ impl Raw {
                 *place = period(key, text)?;
             }
         }
-        if let Some(connections) = self.storage.database_connections {
-            if !(2..=1000).contains(&connections) {
-                anyhow::bail!("`storage.database_connections` must be between 2 and 1000");
-            }
-            options.database_connections = connections;
-        }
         options.floor = self
             .storage
             .floor
             .as_ref()
             .map(|size| bytes("storage.floor", size))
             .transpose()?;
+        if let Some(connections) = self.storage.database_connections {
+            if !(2..=1000).contains(&connections) {
+                anyhow::bail!("`storage.database_connections` must be between 2 and 1000");
+            }
+            options.database_connections = connections;
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"

@@ -105,6 +105,7 @@ struct Seal {
 
 impl Body for Seal {
     type Output = bool;
+
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
@@ -273,6 +274,7 @@ struct Prune {
 
 impl Body for Prune {
     type Output = bool;
+
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {

@@ -15,6 +15,7 @@
 //! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod attempt;
 mod audit;
 mod blob;
 mod clock;
@@ -23,44 +24,60 @@ mod directory;
 mod error;
 mod event;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;
 mod meta;
 mod mode;
 mod model;
+mod pin;
+mod pull;
 mod referrer;
 mod repository;
 mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;
 
+pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
     WindowError,
 };
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location, is_postgres};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
 pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
+pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
 pub use verify::{verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

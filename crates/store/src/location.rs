@@ -74,7 +74,7 @@ pub enum ObjectLocation {
 }
 
 /// A bucket of an S3-compatible store. Credentials come from the `AWS_*` variables, the shared credentials file, or
-/// the identity of the instance.
+/// the identity of the instance, where none are given here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct S3Location {
     /// The bucket.
@@ -87,6 +87,26 @@ pub struct S3Location {
     pub region: Option<String>,
     /// Address the bucket in the path, not in the host name.
     pub path_style: bool,
+    /// Credentials of this store alone.
+    pub credentials: Option<S3Credentials>,
+}
+
+/// A pair of keys for an S3-compatible store.
+#[derive(Clone, PartialEq, Eq)]
+pub struct S3Credentials {
+    /// The access key id.
+    pub key_id: String,
+    /// The secret access key.
+    pub secret: String,
+}
+
+impl std::fmt::Debug for S3Credentials {
+    /// Never shows the secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("S3Credentials")
+            .field("key_id", &self.key_id)
+            .finish_non_exhaustive()
+    }
 }
 
 impl S3Location {

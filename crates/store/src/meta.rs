@@ -61,6 +61,7 @@ pub(crate) struct ForgetMarks;
 
 impl Body for ForgetMarks {
     type Output = ();
+
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
+use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
 use crate::collect::GcOptions;
 
@@ -23,8 +24,6 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
-    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
-    pub database_connections: usize,
     /// The collector.
     pub gc: GcOptions,
     /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
@@ -34,6 +33,14 @@ pub struct Options {
     pub scrub_rate: u64,
     /// The scrub reads everything once in this time (30 days).
     pub scrub_period: Duration,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
+    /// Logical bytes that a namespace without a quota of its own may use (no limit).
+    pub quota: Option<u64>,
+    /// How long pull statistics are kept (90 days); zero keeps none.
+    pub pull_retention: Duration,
+    /// How long what agents reported is kept (400 days); `None` keeps it for ever.
+    pub attempt_retention: Option<Duration>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -44,11 +51,14 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
-            database_connections: 16,
             gc: GcOptions::default(),
             floor: None,
             scrub_rate: 8 << 20,
             scrub_period: Duration::from_hours(30 * 24),
+            database_connections: 16,
+            quota: None,
+            pull_retention: Duration::from_hours(90 * 24),
+            attempt_retention: Some(Duration::from_hours(400 * 24)),
         }
     }
 }
@@ -90,6 +100,8 @@ pub enum BlobContent {
     Inline(Bytes),
     /// In a file of exactly `size` bytes, open for reading, immutable.
     File(std::fs::File),
+    /// In an object store, immutable.
+    Remote(RemoteBlob),
 }
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]
@@ -270,12 +282,31 @@ pub struct Statistics {
     pub blob_bytes: u64,
     /// Manifests.
     pub manifests: u64,
+    /// Their bytes.
+    pub manifest_bytes: u64,
     /// Tags.
     pub tags: u64,
     /// Open uploads.
     pub uploads: u64,
     /// Objects waiting for their physical deletion.
     pub pending_deletions: u64,
+    /// The distinct blobs and the manifests of each repository, in bytes: what there would be without deduplication.
+    pub logical_bytes: u64,
+    /// How many they are.
+    pub logical_objects: u64,
+    /// Blobs that no repository holds any more.
+    pub waiting_blobs: u64,
+    /// Their bytes, which are still stored.
+    pub waiting_bytes: u64,
+    /// How old these figures are.
+    pub age: Duration,
+}
+
+impl Statistics {
+    /// Bytes of distinct blobs and of manifests.
+    pub fn stored_bytes(&self) -> u64 {
+        self.blob_bytes.saturating_add(self.manifest_bytes)
+    }
 }
 
 /// What `verify-store` found. Offline, or read-only beside a running server.

@@ -86,6 +86,14 @@ impl Db {
         }
     }
 
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
+        }
+    }
+
     /// Hears what other replicas announce on a channel; `None` where there are no others.
     pub(crate) async fn listen(&self, channel: &str) -> Result<Option<Listener>, Error> {
         match self {
@@ -106,11 +114,12 @@ impl Db {
         }
     }
 
-    /// Tells whether the database takes no writes because it follows another one.
-    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
+    /// need no open store ([`sqlite_snapshot`]).
+    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
         match self {
-            Self::Sqlite(_) => Ok(false),
-            Self::Postgres(postgres) => postgres.in_recovery().await,
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
         }
     }
 
@@ -139,19 +148,22 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
-    /// Told of each COMMIT that left events without a number.
-    pub(crate) unsealed: Arc<Notify>,
     /// Whether users may write now.
     pub(crate) gate: Arc<Gate>,
+    /// Bytes that a namespace without a quota of its own may use.
+    pub(crate) quota: Option<i64>,
+    /// Told of each COMMIT that left events without a number.
+    pub(crate) unsealed: Arc<Notify>,
 }
 
 impl Context {
-    pub(crate) fn new(gate: Arc<Gate>) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            gate,
             clock: Arc::default(),
             signal: Arc::new(watch::channel(0).0),
             unsealed: Arc::default(),
+            gate: Arc::default(),
+            quota: None,
         }
     }
 
@@ -216,6 +228,11 @@ impl Tx {
         }
     }
 
+    /// Whether it runs on PostgreSQL.
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.connection, Connection::Postgres(_))
+    }
+
     /// The time of this transaction.
     pub(crate) fn now(&self) -> Timestamp {
         self.now
@@ -233,6 +250,11 @@ impl Tx {
             Connection::Sqlite(_) => Ok(()),
             Connection::Postgres(session) => session.exclude_users().await,
         }
+    }
+
+    /// The quota of namespaces that have none of their own, in bytes.
+    pub(crate) fn default_quota(&self) -> Option<i64> {
+        self.context.quota
     }
 
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.

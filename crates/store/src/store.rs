@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,7 +11,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -22,10 +25,10 @@ use crate::model::{
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
 use crate::sql::{Context, Db, Row, WriteKind};
-use crate::upload::claim::{Claims, Slot};
-use crate::upload::writer::{MEMORY, Session, UploadWriter};
+use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -35,8 +38,16 @@ pub struct Store(pub(crate) Arc<Inner>);
 /// What all clones and all writers share.
 pub(crate) struct Inner {
     pub(crate) db: Arc<Db>,
-    pub(crate) objects: FileSystem,
+    pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
     pub(crate) collector: collect::Collector,
@@ -58,6 +69,11 @@ pub(crate) struct Inner {
 }
 
 impl Store {
+    /// What all clones share, for the other rooms of this crate.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Opens the embedded store in `dir`, making it when the directory is empty or missing. Takes the directory lock.
     ///
     /// # Errors
@@ -72,37 +88,51 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let ObjectLocation::Directory(dir) = &location.objects else {
-            return Err(Error::Unavailable {
-                what: "the object store",
-                problem: "it is not supported yet".to_owned(),
-            });
-        };
-        Self::start(location.database.clone(), dir, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(DatabaseLocation::Postgres(url.to_owned()), dir, options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
     async fn start(
         database: DatabaseLocation,
-        objects: &Path,
+        objects: ObjectLocation,
         options: Options,
     ) -> Result<Self, Error> {
-        let gate = match &database {
-            DatabaseLocation::Sqlite(root) => Gate::of_directory(root, options.floor),
-            DatabaseLocation::Postgres(_) => Gate::of_directory(objects, options.floor),
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
         };
-        let context = Context::new(Arc::new(gate));
+        let context = Context {
+            gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
+            ..Context::new()
+        };
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        if !locks.iter().any(|held| held.is(objects)) {
-            let root = objects.to_owned();
-            locks.push(blocking(move || Directory::open_objects(&root)).await?);
-        }
+        let (objects, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+            }
+        };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
@@ -118,14 +148,19 @@ impl Store {
         }
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(objects)),
-            claims: Claims::default(),
+            objects,
+            claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
             collector: collect::Collector::default(),
             scrub: crate::scrub::Counters::default(),
             gate: context.gate,
-            memory: Arc::new(Semaphore::new(MEMORY)),
+            memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
@@ -144,6 +179,7 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
         inner
             .background
@@ -152,13 +188,17 @@ impl Store {
             .abort_all();
         let closed = inner.db.close().await;
         // On a full disk the log is folded into the database at the next start; nothing of it is lost.
-        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
         inner
             .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        sealed.and(closed)
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
@@ -174,11 +214,6 @@ impl Store {
     /// should then exit: it acknowledges nothing any more.
     pub async fn stopped(&self) {
         self.0.db.stopped().await;
-    }
-
-    /// What all clones share, for the rooms that add methods to a store.
-    pub(crate) fn inner(&self) -> &Arc<Inner> {
-        &self.0
     }
 
     /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
@@ -227,7 +262,7 @@ impl Store {
             }
         }
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
+        usage::maintain(inner).await?;
         let now = inner.clock.now();
         event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
         if inner.upkeep.due(now) {
@@ -264,7 +299,7 @@ impl Store {
                 algorithm,
                 principal: actor.principal.clone(),
                 expiry: self.0.options.upload_expiry,
-                key: None,
+                object: None,
             })
             .await?;
         Ok(name)
@@ -307,8 +342,16 @@ impl Store {
                 }
             }
         };
-        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
-        let session = Session::resume(inner, &slot, repository, open, claim).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
+        let resumed =
+            Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
+        let session = match (resumed, row_claim) {
+            (Err(error), Some(row_claim)) => {
+                row_claim.release().await;
+                return Err(error);
+            }
+            (resumed, _) => resumed?,
+        };
         *slot.session.lock().await = Some(Box::new(session));
         slot.touch();
         Ok(UploadWriter::new(inner, slot))
@@ -327,8 +370,16 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let open = upload::find(&self.0.db, repository, id, self.0.clock.now()).await?;
-        self.0.db.write(upload::Expire { id: open.id }).await
+        let slot = Arc::<Slot>::default();
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
+        let claim = row_claim.map(|claim| claim.token().to_owned());
+        self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Takes claims in the rows of uploads as replicas do, for the contract tests.
+    #[doc(hidden)]
+    pub fn share_claims(&self) {
+        self.0.claims.share();
     }
 
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
@@ -482,7 +533,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -631,22 +682,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.
@@ -675,7 +716,17 @@ impl Store {
     /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
     #[doc(hidden)]
     pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        self.0.db.write(VerifyOpen(Arc::clone(&self.0))).await
+        let listed = self.0.objects.list().await?;
+        let (mut report, doubts) = self
+            .0
+            .db
+            .write(VerifyOpen(Arc::clone(&self.0), listed))
+            .await?;
+        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
+        report
+            .problems
+            .extend(kept.into_iter().map(|doubt| doubt.problem));
+        Ok(report)
     }
 }
 
@@ -687,23 +738,25 @@ impl std::fmt::Debug for Store {
     }
 }
 
-struct VerifyOpen(Arc<Inner>);
+struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
-    type Output = crate::VerifyReport;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
-        let objects = &self.0.objects;
+    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
+
+    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
+        let files = self.0.objects.files().map(Arc::as_ref);
         let mut report = crate::VerifyReport::default();
         let mut doubts = Vec::new();
-        let listed = objects.list()?;
-        crate::verify::check(tx, objects, listed, &mut report, &mut doubts).await?;
-        crate::verify::settle(tx, doubts, &mut report).await?;
+        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
+        if files.is_some() {
+            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
+        }
         if let Err(problem) = audit::verify(tx).await? {
             report.problems.push(problem);
         }
-        Ok(report)
+        Ok((report, doubts))
     }
 }
 
@@ -755,6 +808,39 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
             Ok(())
         }
         other => other,
+    }
+}
+
+/// Finds an upload and, where other replicas may write it, claims it in its row.
+async fn claim_row(
+    inner: &Arc<Inner>,
+    slot: &Arc<Slot>,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
+    if !inner.claims.shared() {
+        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
+        return Ok((open, None));
+    }
+    let (token, asked) = (random_name()?, tokio::time::Instant::now());
+    let claimed = inner
+        .db
+        .write(upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: inner.options.claim_idle,
+        })
+        .await?;
+    match claimed {
+        Some(open) => {
+            let claim = RowClaim::new(inner, slot, open.id, token, asked);
+            Ok((open, Some(claim)))
+        }
+        None => {
+            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+            Err(Error::UploadBusy { offset })
+        }
     }
 }
 

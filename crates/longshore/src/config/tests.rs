@@ -130,6 +130,7 @@ fn a_cluster_needs_no_data_directory() {
             endpoint: Some("https://s3.example.com".to_owned()),
             region: Some("eu-1".to_owned()),
             path_style: true,
+            credentials: None,
         })
     );
     assert!(matches!(

@@ -95,6 +95,24 @@ impl Postgres {
         }
     }
 
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        limited(
+            CONTROL_LIMIT,
+            session.client.batch_execute(
+                "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+                 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+            ),
+        )
+        .await
+        .map_err(|failure| failure.error(None))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
+        ))
+    }
+
     /// Tells whether the server takes no writes.
     pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
         let session = self.pool.take().await?;

@@ -1,7 +1,8 @@
 //! Statements: written once, prepared and executed on both engines.
 
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// One SQL text for both engines.
 ///
@@ -26,6 +27,20 @@ impl Statement {
             ran_on_sqlite: AtomicBool::new(false),
             ran_on_postgres: AtomicBool::new(false),
         }
+    }
+
+    /// A statement whose text is made from the schema, when a store is carried to another place. Each text is made
+    /// once and never given back: there are a few for each table.
+    pub(crate) fn made(text: String) -> &'static Self {
+        static MADE: Mutex<BTreeMap<String, &'static Statement>> = Mutex::new(BTreeMap::new());
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = made.get(&text) {
+            return known;
+        }
+        let leaked: &'static str = Box::leak(text.clone().into_boxed_str());
+        let statement: &'static Self = Box::leak(Box::new(Self::new(leaked, leaked)));
+        made.insert(text, statement);
+        statement
     }
 
     /// The text for SQLite. `$3` would be bound there by its first appearance, `?3` is bound by number.
@@ -83,6 +98,7 @@ pub(crate) use statements;
 /// Every statement of every room.
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
+        crate::attempt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
         crate::event::STATEMENTS,
@@ -90,10 +106,12 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
         crate::mode::STATEMENTS,
+        crate::pin::STATEMENTS,
+        crate::pull::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
-        super::STATEMENTS,
         crate::scrub::STATEMENTS,
+        super::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,

@@ -42,7 +42,7 @@ static SECOND: &[Migration] = &[
 ];
 
 fn context() -> Context {
-    Context::new(Arc::default())
+    Context::new()
 }
 
 fn open(path: &Path, make: bool, migrations: &'static [Migration]) -> Result<Sqlite, Error> {

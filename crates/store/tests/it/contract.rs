@@ -41,6 +41,7 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         assert_sound(store).await;
         uploads_end(store).await;
         what_was_reported_is_kept(store).await;
+        crate::reports::keep_the_contract(store).await;
         damage_is_healed(&engine).await;
         crate::scrub::damaged_objects_are_marked_and_healed(&engine).await;
         crate::scrub::what_cannot_be_read_is_not_judged(&engine).await;

@@ -13,8 +13,10 @@ mod engine;
 mod kill;
 #[cfg(test)]
 mod modes;
+mod object_store;
 #[cfg(test)]
 mod postgres;
+mod reports;
 #[cfg(test)]
 mod scrub;
 #[cfg(test)]
