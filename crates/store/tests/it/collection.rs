@@ -100,6 +100,7 @@ async fn tags_and_leases_keep(store: &Store) {
     }
     // What an untagged manifest named is kept for a lease after it.
     assert!(holds(store, &repository, &layers(&untagged)[1]).await);
+    store.seal().await.unwrap();
     let event = store.event_bounds().await.unwrap().newest;
     let events = store.events_after(event - 1, 10).await.unwrap();
     assert_eq!(events[0].kind, EventKind::ManifestDeleted);
@@ -645,11 +646,13 @@ async fn repositories_go_in_steps(store: &Store) {
     writer.write(content(91, 100_000)).await.unwrap();
     writer.record().await.unwrap();
 
+    store.seal().await.unwrap();
     let event = store.event_bounds().await.unwrap().newest;
     store
         .delete_repository(&repository, &actor())
         .await
         .unwrap();
+    store.seal().await.unwrap();
     let events = store.events_after(event, 10).await.unwrap();
     assert_eq!(events.len(), 1);
     assert_eq!(events[0].kind, EventKind::RepositoryDeleted);
