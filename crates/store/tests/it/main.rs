@@ -12,4 +12,6 @@ mod kill;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod transfer;
+#[cfg(test)]
 mod uploads;
