@@ -6,6 +6,8 @@ mod completions;
 mod export;
 mod import;
 mod login;
+mod migrate;
+mod mode;
 pub(crate) mod proof;
 mod release;
 mod server;
@@ -49,6 +51,8 @@ impl Cli {
             Command::Login(command) => command.run(&global).await,
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
+            Command::Mode(command) => command.run(&global).await,
+            Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
@@ -114,6 +118,11 @@ impl Global {
     }
 }
 
+/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
+    login::host(text.unwrap_or("127.0.0.1:5050"))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the registry.
@@ -153,10 +162,14 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Show or set whether a registry takes writes.
+    Mode(mode::Mode),
     /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
     Import(import::Import),
     /// Write repositories into a directory of OCI layouts.
     Export(export::Export),
+    /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
+    Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// The audit record.

@@ -34,6 +34,7 @@ struct Meters {
     stored: Family<KindLabel, Gauge>,
     stored_bytes: Gauge,
     pending_deletions: Gauge,
+    read_only: Family<CauseLabel, Gauge>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -51,6 +52,11 @@ struct RouteLabel {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OutcomeLabel {
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CauseLabel {
+    cause: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -103,6 +109,12 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let read_only = Family::default();
+        registry.register(
+            "read_only",
+            "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
+            read_only.clone(),
+        );
         Self(Arc::new(Meters {
             registry,
             requests,
@@ -116,6 +128,7 @@ impl Metrics {
             stored,
             stored_bytes,
             pending_deletions,
+            read_only,
         }))
     }
 
@@ -187,6 +200,17 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        let mode = store.mode().await?;
+        for (cause, holds) in [
+            ("command", mode.commanded.is_some()),
+            ("disk", mode.full.is_some()),
+            ("recovery", mode.recovery),
+        ] {
+            self.0
+                .read_only
+                .get_or_create(&CauseLabel { cause })
+                .set(i64::from(holds));
+        }
         let mut text = String::new();
         encode(&mut text, &self.0.registry)
             .map_err(|error| Refusal::internal(error.to_string()))?;

@@ -1,44 +1,59 @@
 //! The open store: one method per thing that can be done with it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
-use crate::clock::{Clock, random_name};
+use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
-    pub(crate) db: Db,
+    pub(crate) db: Arc<Db>,
     pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
@@ -46,8 +61,11 @@ pub(crate) struct Inner {
     pub(crate) runtime: tokio::runtime::Handle,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    upkeep: Rarely,
+    /// Ended with the store.
+    background: Mutex<JoinSet<()>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Store {
@@ -70,103 +88,86 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        let (dir, s3) = match (&location.objects, &location.database) {
-            (ObjectLocation::Directory(dir), _) => (Some(dir.as_path()), None),
-            (ObjectLocation::S3(s3), DatabaseLocation::Sqlite(dir)) => {
-                (Some(dir.as_path()), Some(S3::connect(s3).await?))
-            }
-            (ObjectLocation::S3(s3), DatabaseLocation::Postgres(_)) => {
-                (None, Some(S3::connect(s3).await?))
-            }
-        };
-        Self::start(dir, url, s3, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(Some(dir), Some(url.to_owned()), None, options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
-    /// `dir` is absent where neither the database nor the objects are in a directory.
     async fn start(
-        dir: Option<&Path>,
-        url: Option<String>,
-        s3: Option<S3>,
+        database: DatabaseLocation,
+        objects: ObjectLocation,
         options: Options,
     ) -> Result<Self, Error> {
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
+        };
         let context = Context {
-            clock: Arc::default(),
-            signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
+            ..Context::new()
         };
-        let embedded = url.is_none();
-        let (directory, sqlite) = if let Some(root) = dir.map(Path::to_owned) {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((Some(directory), sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
-        } else {
-            (None, None)
-        };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let (db, mut locks) = open_database(database, &options, context.clone()).await?;
+        let db = Arc::new(db);
+        let (objects, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+            }
         };
         crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if let Some(directory) = &directory
-            && directory.fresh
-        {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
-        let memory = if s3.is_some() {
-            MEMORY_FOR_PARTS
-        } else {
-            MEMORY
-        };
-        let objects = match (s3, dir) {
-            (Some(s3), _) => Objects::S3(s3),
-            (None, Some(dir)) => {
-                Objects::Directory(Arc::new(FileSystem::open(directory::objects(dir))))
-            }
-            (None, None) => return Err(Error::Stopped),
-        };
+        let mut background = JoinSet::new();
+        if db.seals_events() {
+            let (sealed, followed) = (Arc::clone(&db), Arc::clone(&db));
+            background.spawn(event::keep_sealed(sealed, context.clone(), epoch.clone()));
+            background.spawn(event::follow(followed, context.clone(), epoch.clone()));
+        }
         Ok(Self(Arc::new(Inner {
             db,
             objects,
-            claims: Claims::new(!embedded),
+            claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             signal: context.signal,
             epoch,
-            directory: Mutex::new(directory),
+            upkeep: Rarely::default(),
+            background: Mutex::new(background),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -178,22 +179,41 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
-        let closed = inner.db.close().await;
         inner
-            .directory
+            .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        sealed.and(closed)
+            .abort_all();
+        let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
+        inner
+            .locks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
+    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await
+        meta::ping(&self.0.db).await?;
+        if self.0.db.is_read_only() {
+            return Err(Error::ReadOnly {
+                reason: "the database takes no writes".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -202,38 +222,68 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
+    /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
-        let mut tick = tokio::time::interval(MAINTENANCE);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Apart: a slow object store must not delay the rest.
+        tokio::join!(self.upkeep(), collect::work(&self.0));
+    }
+
+    async fn upkeep(&self) {
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
-            tick.tick().await;
-            match self.maintain_once().await {
-                Ok(()) => {}
+            match self.upkeep_once().await {
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
+            tokio::time::sleep(between_rounds()).await;
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
-        let retention = inner.options.event_retention;
-        inner.db.write(event::Prune { retention }).await
+        usage::maintain(inner).await?;
+        let now = inner.clock.now();
+        event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
+        if inner.upkeep.due(now) {
+            inner.db.write(meta::ForgetMarks).await?;
+        }
+        Ok(())
+    }
+
+    /// Numbers every event that is committed and seals every audit record, as the background work does.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn seal(&self) -> Result<(), Error> {
+        seal(&self.0).await
     }
 
     /// Starts an upload (end-4a, end-4c). `algorithm` is what `digest-algorithm` asked for.
@@ -283,6 +333,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -339,13 +390,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -486,7 +538,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -635,22 +687,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.
@@ -704,6 +746,8 @@ impl std::fmt::Debug for Store {
 struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
@@ -721,11 +765,54 @@ impl crate::sql::Body for VerifyOpen {
     }
 }
 
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    options: &Options,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            let db = Db::open_postgres(&url, options.database_connections, context).await?;
+            Ok((db, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
+}
+
 /// Records what an idle writer wrote and gives its claim back.
 async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 
@@ -762,8 +849,30 @@ async fn claim_row(
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {
-    while inner.db.write(audit::Seal).await? {}
-    Ok(())
+    event::seal(&inner.db, &inner.epoch).await?;
+    audit::seal(&inner.db).await
+}
+
+/// About a second; replicas that were started together drift apart.
+fn between_rounds() -> Duration {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    MAINTENANCE + Duration::from_millis(u64::from(random[0]))
+}
+
+/// Says now and then that rare work is due.
+#[derive(Default)]
+struct Rarely(AtomicI64);
+
+impl Rarely {
+    fn due(&self, now: Timestamp) -> bool {
+        let last = Timestamp(self.0.load(Ordering::Relaxed));
+        let due = now >= last.plus(RARELY);
+        if due {
+            self.0.store(now.0, Ordering::Relaxed);
+        }
+        due
+    }
 }
 
 /// The one number of a counting statement.
@@ -771,4 +880,5 @@ pub(crate) fn single(rows: &[Row]) -> Result<u64, Error> {
     rows.first().map_or(Ok(0), |row| row.u64(0))
 }
 
-const MAINTENANCE: Duration = Duration::from_secs(1);
+const MAINTENANCE: Duration = Duration::from_millis(900);
+const RARELY: Duration = Duration::from_hours(1);

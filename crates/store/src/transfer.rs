@@ -25,7 +25,7 @@ use serde_json::{Value as Json, json};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::location::Location;
-use crate::sql::{Body, Statement, Tx};
+use crate::sql::{Body, Statement, Tx, WriteKind};
 
 pub(crate) use tables::{JOURNAL, MOVED};
 
@@ -164,7 +164,7 @@ async fn carry(
     let mut from = source.snapshot().await?;
     check_schema(&mut from, &mut destination.snapshot().await?).await?;
     moving.run(&mut from, report).await?;
-    failpoint("migrate.after_objects");
+    failpoint("carry.after_objects");
     if settings.ahead {
         return Ok(());
     }
@@ -188,7 +188,7 @@ async fn carry(
         return Ok(());
     }
     destination.finish_directory()?;
-    failpoint("migrate.after_format");
+    failpoint("carry.after_format");
     // From here on the old place opens no more; the new one opens when its journal is gone.
     source
         .db
@@ -197,7 +197,7 @@ async fn carry(
             value: Some(destination.name.clone()),
         })
         .await?;
-    failpoint("migrate.after_moved");
+    failpoint("carry.after_moved");
     destination
         .db
         .write(Mark {
@@ -270,6 +270,7 @@ struct Mark {
 
 impl Body for Mark {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let remove = Statement::made("DELETE FROM meta WHERE key = $1".to_owned());
@@ -299,6 +300,7 @@ struct Names;
 
 impl Body for Names {
     type Output = Vec<String>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Vec<String>, Error> {
         tables::names(tx).await

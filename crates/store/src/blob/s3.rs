@@ -15,13 +15,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsAuthorizer};
+use object_store::aws::{
+    AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsAuthorizer, AwsCredential,
+};
 use object_store::client::{HttpClient, HttpConnector, HttpRequestBody, ReqwestConnector};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
     ClientOptions, HeaderValue, ObjectStore, ObjectStoreExt, PutOptions, PutPayload, RetryConfig,
+    StaticCredentialProvider,
 };
 
 use crate::blob::StorageKey;
@@ -103,8 +106,16 @@ impl S3 {
         if let Some(region) = &location.region {
             builder = builder.with_region(region);
         }
-        let from_file = credentials::from_file(&builder).map_err(unusable)?;
-        if let Some((provider, region)) = from_file {
+        if let Some(keys) = &location.credentials {
+            let keys = AwsCredential {
+                key_id: keys.key_id.clone(),
+                secret_key: keys.secret.clone(),
+                token: None,
+            };
+            builder = builder.with_credentials(Arc::new(StaticCredentialProvider::new(keys)));
+        } else if let Some((provider, region)) =
+            credentials::from_file(&builder).map_err(unusable)?
+        {
             if builder
                 .get_config_value(&AmazonS3ConfigKey::Region)
                 .is_none()

@@ -20,9 +20,10 @@ use rusqlite::{ErrorCode, OpenFlags, ToSql, ffi};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::mode;
 
 pub(crate) struct Sqlite {
     jobs: Mutex<Option<mpsc::Sender<Message>>>,
@@ -148,10 +149,13 @@ impl Sqlite {
 }
 
 impl Drop for Sqlite {
-    /// Waits for the writer, so that the files are closed before the directory lock goes.
+    /// Waits for the writer, so that the files are closed before the directory lock goes. The writer itself is here
+    /// when the last transaction held the last handle; then there is nobody to wait for.
     fn drop(&mut self) {
         lock(&self.jobs).take();
-        if let Some(thread) = lock(&self.thread).take() {
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.thread().id() != std::thread::current().id()
+        {
             let _ = thread.join();
         }
     }
@@ -191,6 +195,12 @@ trait Job: Send {
     fn run(&mut self, tx: &mut Tx) -> bool;
     /// Whether the body met a failure that the writer must not go on from.
     fn must_stop(&self) -> bool;
+    /// Whether the body met a full disk.
+    fn is_full(&self) -> bool;
+    /// What the transaction is for.
+    fn kind(&self) -> WriteKind;
+    /// Refuses it without running it.
+    fn refuse(&mut self, refusal: Error);
     /// Answers after the COMMIT, or with the failure of the whole transaction.
     fn finish(&mut self, failure: Option<Error>);
 }
@@ -212,6 +222,18 @@ impl<B: Body> Job for Pending<B> {
 
     fn must_stop(&self) -> bool {
         matches!(self.outcome, Some(Err(Error::Stopped)))
+    }
+
+    fn is_full(&self) -> bool {
+        matches!(self.outcome, Some(Err(Error::Full)))
+    }
+
+    fn kind(&self) -> WriteKind {
+        B::KIND
+    }
+
+    fn refuse(&mut self, refusal: Error) {
+        self.outcome = Some(Err(refusal));
     }
 
     fn finish(&mut self, failure: Option<Error>) {
@@ -287,7 +309,15 @@ impl Writer {
 
     /// Commits these transactions together. `Err` means that the writer must stop.
     fn group(&mut self, mut batch: Vec<Box<dyn Job>>) -> Result<(), ()> {
-        match self.attempt(&mut batch) {
+        let mut outcome = self.attempt(&mut batch);
+        if let (Err(Error::Full), [job]) = (&outcome, batch.as_slice()) {
+            let made_room = self.tx.context.gate.met_full_disk();
+            // The collector goes on into the room of the reserve.
+            if made_room && job.kind() != WriteKind::User {
+                outcome = self.attempt(&mut batch);
+            }
+        }
+        match outcome {
             Ok(event) => {
                 failpoint("sql.after_commit");
                 self.tx.context.committed(event);
@@ -342,13 +372,22 @@ impl Writer {
             self.batch("SAVEPOINT member")?;
             self.tx.now = self.tx.context.clock.now();
             self.tx.event = 0;
-            let succeeded = job.run(&mut self.tx);
+            let succeeded = match self.may_run(job.kind()) {
+                Ok(()) => job.run(&mut self.tx),
+                Err(refusal) => {
+                    job.refuse(refusal);
+                    false
+                }
+            };
             if job.must_stop() {
                 // Pages of a large transaction are written before its COMMIT, so this is where they fail.
                 return Err(Error::Stopped);
             }
             if self.connection().is_autocommit() {
                 // SQLite ends the whole transaction by itself after a full disk or an I/O error.
+                return Err(Error::Full);
+            }
+            if job.is_full() {
                 return Err(Error::Full);
             }
             if succeeded {
@@ -362,6 +401,17 @@ impl Writer {
         failpoint("sql.before_commit");
         self.batch("COMMIT")?;
         Ok(newest)
+    }
+
+    /// Asks inside the transaction whether one of this kind may run: what was commanded before is seen.
+    fn may_run(&self, kind: WriteKind) -> Result<(), Error> {
+        if kind == WriteKind::Maintenance {
+            return Ok(());
+        }
+        self.tx.context.gate.check(kind)?;
+        let rows = query(self.connection(), mode::CHECK, &[])?;
+        let row = rows.first().map(|row| row.text(0)).transpose()?;
+        mode::check_command(kind, row.as_deref())
     }
 
     fn batch(&self, text: &str) -> Result<(), Error> {

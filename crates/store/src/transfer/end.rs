@@ -4,8 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
-
 use super::tables::{self, JOURNAL, MOVED, journal};
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
@@ -14,15 +12,16 @@ use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
-use crate::sql::{self, Body, Context, Db, Statement, Tx};
+use crate::sql::{self, Body, Context, Db, Statement, Tx, WriteKind};
 
 /// Where a store comes from.
 pub(super) struct Source {
     pub(super) db: Reading,
     pub(super) objects: Objects,
     pub(super) epoch: String,
-    /// The lock of the directory, when nobody else has it.
-    lock: Mutex<Option<Directory>>,
+    /// The locks of its directories, where nobody else may use them.
+    locks: Mutex<Vec<Directory>>,
+    /// The data directory of its SQLite database.
     root: Option<PathBuf>,
 }
 
@@ -44,38 +43,34 @@ impl Reading {
 impl Source {
     /// `last`: nobody else may use it.
     pub(super) async fn open(location: &Location, last: bool) -> Result<Self, Error> {
-        let objects = open_objects(&location.objects).await?;
-        let root = match (&location.database, &location.objects) {
-            (DatabaseLocation::Sqlite(root), _)
-            | (DatabaseLocation::Postgres(_), ObjectLocation::Directory(root)) => {
-                Some(root.clone())
-            }
-            _ => None,
-        };
-        let (db, lock) = match &location.database {
+        let (db, mut locks, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
-                let root = root.clone();
-                tokio::task::spawn_blocking(move || open_sqlite(&root, last))
+                let path = root.clone();
+                let (db, lock) = tokio::task::spawn_blocking(move || open_sqlite(&path, last))
                     .await
-                    .unwrap_or(Err(Error::Stopped))?
+                    .unwrap_or(Err(Error::Stopped))?;
+                (db, Vec::from_iter(lock), Some(root.clone()))
             }
             DatabaseLocation::Postgres(url) => {
-                let db = Db::open_postgres(url, context()).await?;
-                let lock = match &root {
-                    Some(root) if last => Some(lock(root, false).await?),
-                    _ => None,
-                };
+                let db = Db::open_postgres(url, CONNECTIONS, Context::new()).await?;
                 if last {
                     alone(&db).await?;
                 }
-                (Reading::Open(db), lock)
+                (Reading::Open(db), Vec::new(), None)
             }
         };
+        if let ObjectLocation::Directory(directory) = &location.objects
+            && last
+            && !locks.iter().any(|held| held.is(directory))
+        {
+            locks.push(lock(directory, false).await?);
+        }
+        let objects = open_objects(&location.objects).await?;
         let source = Self {
             db,
             objects,
             epoch: String::new(),
-            lock: Mutex::new(lock),
+            locks: Mutex::new(locks),
             root,
         };
         let mut tx = source.snapshot().await?;
@@ -117,11 +112,13 @@ impl Source {
         Ok(())
     }
 
-    /// Gives up the lock for the destination, when both are in one directory.
-    fn take_lock(&self, root: &Path) -> Option<Directory> {
-        let same = self.root.as_deref().is_some_and(|own| same_path(own, root));
-        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if same { lock.take() } else { None }
+    /// Gives the lock of a directory to the destination, when both use it.
+    fn give_lock(&self, root: &Path) -> Option<Directory> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = locks
+            .iter()
+            .position(|held| held.is(root) || same_path(held.root(), root))?;
+        Some(locks.swap_remove(at))
     }
 }
 
@@ -133,53 +130,53 @@ pub(super) struct Destination {
     /// How messages name it, without secrets.
     pub(super) name: String,
     root: Option<PathBuf>,
-    directory: Option<Directory>,
-    /// A data directory that becomes whole at the end.
-    embedded: bool,
+    locks: Vec<Directory>,
 }
 
 impl Destination {
     /// Opens or makes it; it must be empty, or have a journal of the same source.
     pub(super) async fn open(location: &Location, source: &Source) -> Result<Self, Error> {
-        let root = match (&location.database, &location.objects) {
-            (DatabaseLocation::Sqlite(root), _) | (_, ObjectLocation::Directory(root)) => {
-                Some(root.clone())
-            }
-            _ => None,
-        };
-        let embedded = matches!(location.database, DatabaseLocation::Sqlite(_));
-        let directory = match &root {
-            None => None,
-            // The same lock cannot be held twice.
-            Some(root) => match source.take_lock(root).filter(|_| !embedded) {
-                Some(lock) => Some(lock),
-                None => Some(lock(root, embedded).await?),
-            },
-        };
-        let db = match &location.database {
+        let mut locks = Vec::new();
+        let (db, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
-                let path = directory::database(root);
-                let fresh = directory.as_ref().is_some_and(|directory| directory.fresh);
-                tokio::task::spawn_blocking(move || Db::open_sqlite(&path, fresh, context()))
+                // The same lock cannot be held twice.
+                drop(source.give_lock(root));
+                let directory = lock(root, true).await?;
+                let (path, fresh) = (directory::database(root), directory.fresh);
+                locks.push(directory);
+                let open = move || Db::open_sqlite(&path, fresh, Context::new());
+                let db = tokio::task::spawn_blocking(open)
                     .await
-                    .unwrap_or(Err(Error::Stopped))?
+                    .unwrap_or(Err(Error::Stopped))?;
+                (db, Some(root.clone()))
             }
-            DatabaseLocation::Postgres(url) => Db::open_postgres(url, context()).await?,
+            DatabaseLocation::Postgres(url) => {
+                let db = Db::open_postgres(url, CONNECTIONS, Context::new()).await?;
+                (db, None)
+            }
         };
+        if let ObjectLocation::Directory(directory) = &location.objects
+            && !locks.iter().any(|held| held.is(directory))
+        {
+            let held = match source.give_lock(directory) {
+                Some(held) => held,
+                None => lock(directory, false).await?,
+            };
+            locks.push(held);
+        }
         db.write(Begin {
             epoch: source.epoch.clone(),
             moved: source.moved().await?,
         })
         .await?;
-        failpoint("migrate.after_journal");
+        failpoint("carry.after_journal");
         Ok(Self {
             db,
             objects: open_objects(&location.objects).await?,
-            is_postgres: !embedded,
+            is_postgres: root.is_none(),
             name: describe(location),
             root,
-            directory,
-            embedded,
+            locks,
         })
     }
 
@@ -193,10 +190,10 @@ impl Destination {
 
     /// Declares a data directory whole.
     pub(super) fn finish_directory(&self) -> Result<(), Error> {
-        match &self.directory {
-            Some(directory) if self.embedded && directory.fresh => directory.finish(),
-            _ => Ok(()),
+        for directory in self.locks.iter().filter(|directory| directory.fresh) {
+            directory.finish()?;
         }
+        Ok(())
     }
 
     pub(super) async fn close(self) -> Result<(), Error> {
@@ -226,7 +223,7 @@ fn open_sqlite(root: &Path, last: bool) -> Result<(Reading, Option<Directory>), 
     match (free, last) {
         (true, _) => {
             let directory = Directory::open(root)?;
-            let db = Db::open_sqlite(&directory::database(root), false, context())?;
+            let db = Db::open_sqlite(&directory::database(root), false, Context::new())?;
             Ok((Reading::Open(db), Some(directory)))
         }
         (false, true) => Err(Error::InUse(root.to_owned())),
@@ -260,7 +257,7 @@ async fn open_objects(objects: &ObjectLocation) -> Result<Objects, Error> {
 
 async fn beside(root: &Path) -> Result<Tx, Error> {
     let path = directory::database(root);
-    tokio::task::spawn_blocking(move || sql::sqlite_snapshot(&path, false, context()))
+    tokio::task::spawn_blocking(move || sql::sqlite_snapshot(&path, false, Context::new()))
         .await
         .unwrap_or(Err(Error::Stopped))
 }
@@ -269,7 +266,7 @@ async fn beside(root: &Path) -> Result<Tx, Error> {
 async fn alone(db: &Db) -> Result<(), Error> {
     let others = Statement::made(
         "SELECT COUNT(*) AS others FROM pg_stat_activity WHERE datname = current_database() \
-         AND usename = current_user AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+         AND application_name = current_setting('application_name') AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
             .to_owned(),
     );
     for _ in 0..SESSION_LOOKS {
@@ -280,7 +277,7 @@ async fn alone(db: &Db) -> Result<(), Error> {
         tokio::time::sleep(SESSION_PAUSE).await;
     }
     Err(Error::Moving(
-        "the source's database is in use by another session of this user; stop every replica first, or bring objects \
+        "the source's database is in use by another process of this program; stop every replica first, or bring objects \
          ahead with `--ahead`"
             .to_owned(),
     ))
@@ -314,6 +311,7 @@ struct Begin {
 
 impl Body for Begin {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let own = journal(&self.epoch);
@@ -360,12 +358,7 @@ fn describe(location: &Location) -> String {
     }
 }
 
-fn context() -> Context {
-    Context {
-        clock: Arc::default(),
-        signal: Arc::new(watch::channel(0).0),
-    }
-}
-
+/// One for the snapshot, and some for what is written beside.
+const CONNECTIONS: usize = 8;
 const SESSION_LOOKS: usize = 25;
 const SESSION_PAUSE: Duration = Duration::from_millis(200);

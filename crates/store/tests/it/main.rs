@@ -1,6 +1,8 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
@@ -10,7 +12,15 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod modes;
+#[cfg(test)]
+mod object_store;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod reports;
+#[cfg(test)]
+mod scrub;
 #[cfg(test)]
 mod transfer;
 #[cfg(test)]
