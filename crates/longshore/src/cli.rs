@@ -2,6 +2,7 @@
 
 pub(crate) mod agent;
 mod artifact;
+mod backup;
 mod completions;
 mod export;
 mod import;
@@ -39,6 +40,7 @@ impl Cli {
         match self.command {
             Command::Agent(command) => command.run(&global).await,
             Command::Audit(command) => command.run(&global).await,
+            Command::Backup(command) => command.run(&global).await,
             Command::Completions(command) => Ok(command.run()),
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
@@ -56,6 +58,7 @@ impl Cli {
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
@@ -172,6 +175,10 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
+    /// Make one full backup of a data directory, also beside its running server, or look at backups.
+    Backup(backup::Backup),
+    /// Restore a data directory from a backup.
+    Restore(backup::Restore),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

@@ -3,6 +3,7 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
 mod gc;
 
 use std::net::SocketAddr;
@@ -37,6 +38,8 @@ pub(crate) struct Config {
     pub(crate) location: Location,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -138,6 +141,7 @@ struct Raw {
     access: Option<Vec<Rule>>,
     events: Events,
     gc: gc::Gc,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -401,13 +405,9 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            drain: self
-                .server
-                .drain
-                .map(|text| period("server.drain", &text))
-                .transpose()?,
             location: self.storage.location(data)?,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
@@ -672,7 +672,9 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
+const SECTIONS: [&str; 8] = [
+    "server", "storage", "auth", "access", "events", "gc", "backup", "log",
+];
 
 #[cfg(test)]
 mod tests;

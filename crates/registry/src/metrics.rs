@@ -29,12 +29,23 @@ struct Meters {
     streams: Gauge,
     sent: Counter,
     received: Counter,
+    delegated: Counter,
+    delegated_bytes: Counter,
     logins: Family<OutcomeLabel, Counter>,
     panics: Counter,
     stored: Family<KindLabel, Gauge>,
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    backup: BackupMeters,
+}
+
+/// How the backup goes. Only of a registry that has one.
+#[derive(Default)]
+struct BackupMeters {
+    success: Gauge,
+    lag: Gauge,
+    failures: Gauge,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -90,6 +101,19 @@ impl Metrics {
             Unit::Bytes,
             received.clone(),
         );
+        let delegated = Counter::default();
+        registry.register(
+            "delegated_pulls",
+            "Pulls of blobs that were sent to the object store",
+            delegated.clone(),
+        );
+        let delegated_bytes = Counter::default();
+        registry.register_with_unit(
+            "delegated",
+            "Bytes of blobs that were sent to the object store for",
+            Unit::Bytes,
+            delegated_bytes.clone(),
+        );
         let logins = Family::default();
         registry.register("logins", "Password checks", logins.clone());
         let panics = Counter::default();
@@ -115,6 +139,24 @@ impl Metrics {
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
         );
+        let backup = BackupMeters::default();
+        registry.register_with_unit(
+            "backup_last_success_timestamp",
+            "When the backup last succeeded; 0 before it did and without a backup",
+            Unit::Seconds,
+            backup.success.clone(),
+        );
+        registry.register_with_unit(
+            "backup_lag",
+            "How long ago the newest restorable moment is",
+            Unit::Seconds,
+            backup.lag.clone(),
+        );
+        registry.register(
+            "backup_failures",
+            "Rounds of the backup that failed since the start",
+            backup.failures.clone(),
+        );
         Self(Arc::new(Meters {
             registry,
             requests,
@@ -123,12 +165,15 @@ impl Metrics {
             streams,
             sent,
             received,
+            delegated,
+            delegated_bytes,
             logins,
             panics,
             stored,
             stored_bytes,
             pending_deletions,
             read_only,
+            backup,
         }))
     }
 
@@ -161,6 +206,12 @@ impl Metrics {
 
     pub(crate) fn received(&self, bytes: u64) {
         self.0.received.inc_by(bytes);
+    }
+
+    /// Counts a pull that the object store answers in our place.
+    pub(crate) fn delegated(&self, bytes: u64) {
+        self.0.delegated.inc();
+        self.0.delegated_bytes.inc_by(bytes);
     }
 
     pub(crate) fn login(&self, outcome: &'static str) {
@@ -200,6 +251,14 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        if let Some(status) = store.backup_status() {
+            let backup = &self.0.backup;
+            let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
+            backup.success.set(success);
+            let lag = status.lag.map_or(i64::MAX, |lag| lag.as_secs() as i64);
+            backup.lag.set(lag);
+            backup.failures.set(status.failures as i64);
+        }
         let mode = store.mode().await?;
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),

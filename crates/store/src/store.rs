@@ -59,6 +59,7 @@ pub(crate) struct Inner {
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -66,6 +67,12 @@ pub(crate) struct Inner {
     background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
+}
+
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
 }
 
 impl Store {
@@ -163,6 +170,7 @@ impl Store {
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -181,6 +189,7 @@ impl Store {
         inner.tasks.wait().await;
         let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
         inner
             .background
             .lock()
@@ -348,7 +357,7 @@ impl Store {
                 }
             }
         };
-        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
         let resumed =
             Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
         let session = match (resumed, row_claim) {
@@ -376,7 +385,8 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let slot = Arc::<Slot>::default();
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
         let claim = row_claim.map(|claim| claim.token().to_owned());
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
@@ -819,6 +829,7 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
 /// Finds an upload and, where other replicas may write it, claims it in its row.
 async fn claim_row(
     inner: &Arc<Inner>,
+    slot: &Arc<Slot>,
     repository: &RepositoryName,
     id: &UploadId,
 ) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
@@ -838,7 +849,7 @@ async fn claim_row(
         .await?;
     match claimed {
         Some(open) => {
-            let claim = RowClaim::new(inner, open.id, token, asked);
+            let claim = RowClaim::new(inner, slot, open.id, token, asked);
             Ok((open, Some(claim)))
         }
         None => {
