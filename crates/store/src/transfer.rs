@@ -133,11 +133,21 @@ pub async fn migrate(from: &Location, to: &Location, settings: Settings) -> Resu
         ));
     }
     let destination = Destination::open(to, &source).await?;
-    let outcome = carry(&source, &destination, settings, &mut report).await;
+    let outcome = if destination.complete {
+        report.finished = true;
+        Ok(())
+    } else {
+        carry(&source, &destination, settings, &mut report).await
+    };
+    let shared = destination.is_postgres && end::is_root_of(from, &to.objects);
     let closed = destination.close().await;
-    source.close().await?;
-    outcome?;
-    closed?;
+    // What a run that was killed left to do is done by the next one.
+    let source_closed = if report.finished && shared {
+        source.retire().await
+    } else {
+        source.close().await
+    };
+    outcome.and(closed).and(source_closed)?;
     Ok(report)
 }
 

@@ -112,6 +112,18 @@ impl Source {
         Ok(())
     }
 
+    /// Closes it and puts its database aside, where its directory is the destination's now.
+    pub(super) async fn retire(self) -> Result<(), Error> {
+        let root = self.root.clone();
+        self.close().await?;
+        let Some(root) = root else {
+            return Ok(());
+        };
+        tokio::task::spawn_blocking(move || directory::retire(&root))
+            .await
+            .unwrap_or(Err(Error::Stopped))
+    }
+
     /// Gives the lock of a directory to the destination, when both use it.
     fn give_lock(&self, root: &Path) -> Option<Directory> {
         let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,6 +143,8 @@ pub(super) struct Destination {
     pub(super) name: String,
     root: Option<PathBuf>,
     locks: Vec<Directory>,
+    /// It was filled to its end before.
+    pub(super) complete: bool,
 }
 
 impl Destination {
@@ -164,11 +178,12 @@ impl Destination {
             };
             locks.push(held);
         }
-        db.write(Begin {
-            epoch: source.epoch.clone(),
-            moved: source.moved().await?,
-        })
-        .await?;
+        let complete = db
+            .write(Begin {
+                epoch: source.epoch.clone(),
+                moved: source.moved().await?,
+            })
+            .await?;
         failpoint("carry.after_journal");
         Ok(Self {
             db,
@@ -177,6 +192,7 @@ impl Destination {
             name: describe(location),
             root,
             locks,
+            complete,
         })
     }
 
@@ -210,6 +226,12 @@ pub(super) fn same_objects(a: &ObjectLocation, b: &ObjectLocation) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether the data directory of an embedded store is where these objects are.
+pub(super) fn is_root_of(store: &Location, objects: &ObjectLocation) -> bool {
+    matches!((&store.database, objects),
+        (DatabaseLocation::Sqlite(root), ObjectLocation::Directory(directory)) if same_path(root, directory))
 }
 
 fn same_path(a: &Path, b: &Path) -> bool {
@@ -310,13 +332,14 @@ struct Begin {
 }
 
 impl Body for Begin {
-    type Output = ();
+    /// Whether nothing is left to carry.
+    type Output = bool;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let own = journal(&self.epoch);
         match fact(tx, JOURNAL).await? {
-            Some(found) if found == own => return Ok(()),
+            Some(found) if found == own => return Ok(false),
             Some(_) => {
                 return Err(Error::Moving(
                     "the destination is being filled from another store, choose an empty one"
@@ -325,21 +348,23 @@ impl Body for Begin {
             }
             None => {}
         }
+        let epoch = fact(tx, "epoch").await?;
         if let Some(place) = &self.moved {
+            if epoch.as_deref() == Some(self.epoch.as_str()) {
+                return Ok(true);
+            }
             return Err(Error::Moving(format!(
                 "the source was carried to {place} already"
             )));
         }
-        let holds_store = fact(tx, "epoch").await?.is_some();
-        if holds_store || tables::count(tx, "repository", "").await? > 0 {
+        if epoch.is_some() || tables::count(tx, "repository", "").await? > 0 {
             return Err(Error::Moving(
                 "the destination holds a store already, choose an empty one".to_owned(),
             ));
         }
         let add = Statement::made("INSERT INTO meta (key, value) VALUES ($1, $2)".to_owned());
-        tx.execute(add, &[JOURNAL.into(), own.into()])
-            .await
-            .map(drop)
+        tx.execute(add, &[JOURNAL.into(), own.into()]).await?;
+        Ok(false)
     }
 }
 
