@@ -7,6 +7,7 @@ mod completions;
 mod export;
 mod import;
 mod login;
+mod migrate;
 mod mode;
 mod pin;
 pub(crate) mod proof;
@@ -57,6 +58,7 @@ impl Cli {
             Command::Ls(command) => command.run(&global).await,
             Command::Mode(command) => command.run(&global).await,
             Command::Pin(command) => command.run(&global).await,
+            Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Quota(command) => command.run(&global).await,
@@ -183,6 +185,8 @@ enum Command {
     Import(import::Import),
     /// Write repositories into a directory of OCI layouts.
     Export(export::Export),
+    /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
+    Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// Make one full backup of a data directory, also beside its running server, or look at backups.

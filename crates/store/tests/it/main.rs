@@ -25,4 +25,6 @@ mod retention;
 #[cfg(test)]
 mod scrub;
 #[cfg(test)]
+mod transfer;
+#[cfg(test)]
 mod uploads;
