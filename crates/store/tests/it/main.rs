@@ -12,6 +12,10 @@ mod kill;
 #[cfg(test)]
 mod object_store;
 #[cfg(test)]
+mod object_store_faults;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod stand_in;
 #[cfg(test)]
 mod uploads;
