@@ -2,6 +2,7 @@
 //! real ones (`object_store.rs`); this one knows only what the store asks.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -221,7 +222,7 @@ async fn serve(stream: TcpStream, state: Arc<Mutex<State>>) {
         answer.status
     );
     for (name, value) in &answer.headers {
-        text.push_str(&format!("{name}: {value}\r\n"));
+        write!(text, "{name}: {value}\r\n").unwrap();
     }
     text.push_str("\r\n");
     let stream = stream.get_mut();
@@ -369,29 +370,25 @@ fn act(
             )
         }
         Request::ListUploads => {
-            let uploads: String = state
-                .uploads
-                .iter()
-                .map(|(id, (key, _))| {
-                    format!("<Upload><Key>{key}</Key><UploadId>{id}</UploadId></Upload>")
-                })
-                .collect();
+            let mut uploads = String::new();
+            for (id, (key, _)) in &state.uploads {
+                write!(
+                    uploads,
+                    "<Upload><Key>{key}</Key><UploadId>{id}</UploadId></Upload>"
+                )
+                .unwrap();
+            }
             Answer::of(
                 200,
                 format!("<ListMultipartUploadsResult>{uploads}</ListMultipartUploadsResult>"),
             )
         }
         Request::List => {
-            let objects: String = state
-                .objects
-                .iter()
-                .map(|(key, bytes)| {
-                    format!(
-                        "<Contents><Key>{key}</Key><Size>{}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>",
-                        bytes.len()
-                    )
-                })
-                .collect();
+            let mut objects = String::new();
+            for (key, bytes) in &state.objects {
+                let size = bytes.len();
+                write!(objects, "<Contents><Key>{key}</Key><Size>{size}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>").unwrap();
+            }
             Answer::of(
                 200,
                 format!("<ListBucketResult>{objects}</ListBucketResult>"),
