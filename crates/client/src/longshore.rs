@@ -3,6 +3,7 @@
 //! Events are hints. Whoever reads them resolves and verifies by itself, so an event that cannot be
 //! understood only moves the position.
 
+mod api;
 mod sse;
 
 use std::collections::VecDeque;

@@ -3,6 +3,10 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
+mod gc;
+mod redirect;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,8 +37,12 @@ pub(crate) struct Config {
     pub(crate) drain: Option<Duration>,
     /// Where metadata and blobs are.
     pub(crate) location: Location,
+    /// Which pulls are sent to the object store.
+    pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -61,9 +69,23 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let raw = raw.overlay(environment)?;
-        raw.check(data, listen)
-            .map_err(|error| config_error(file, error))
+        let environment: Vec<(String, String)> = environment.into_iter().collect();
+        let raw = raw.overlay(environment.iter().cloned())?;
+        #[cfg_attr(
+            not(feature = "failpoints"),
+            expect(unused_mut, reason = "only a test build changes it")
+        )]
+        let mut config = raw
+            .check(data, listen)
+            .map_err(|error| config_error(file, error))?;
+        #[cfg(feature = "failpoints")]
+        {
+            let lease = environment
+                .iter()
+                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
+            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
+        }
+        Ok(config)
     }
 }
 
@@ -121,6 +143,8 @@ struct Raw {
     auth: Auth,
     access: Option<Vec<Rule>>,
     events: Events,
+    gc: gc::Gc,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -172,9 +196,11 @@ struct Storage {
     database_connections: Option<usize>,
     objects: Option<String>,
     s3: S3,
+    redirect: redirect::Redirect,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
+    floor: Option<Size>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -306,6 +332,12 @@ impl Raw {
                 *place = period(key, text)?;
             }
         }
+        options.floor = self
+            .storage
+            .floor
+            .as_ref()
+            .map(|size| bytes("storage.floor", size))
+            .transpose()?;
         if let Some(connections) = self.storage.database_connections {
             if !(2..=1000).contains(&connections) {
                 anyhow::bail!("`storage.database_connections` must be between 2 and 1000");
@@ -317,6 +349,10 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        let location = self.storage.location(data)?;
+        let s3 = matches!(location.objects, ObjectLocation::S3(_));
+        self.gc.apply(&mut options, s3)?;
+        let redirect = self.storage.redirect.check(&mut options, s3)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -369,16 +405,17 @@ impl Raw {
                 .server
                 .limits
                 .manifest_bytes
-                .map(|size| match size {
-                    Size::Bytes(bytes) => Ok(bytes),
-                    Size::Text(text) => parse_size(&text).with_context(|| {
-                        format!("`server.limits.manifest_bytes`: `{text}` is no size, write for example `8MiB`")
-                    }),
-                })
+                .map(|size| bytes("server.limits.manifest_bytes", &size))
                 .transpose()?,
-            drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
-            location: self.storage.location(data)?,
+            drain: self
+                .server
+                .drain
+                .map(|text| period("server.drain", &text))
+                .transpose()?,
+            location,
+            redirect,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
@@ -604,6 +641,15 @@ pub(crate) fn parse_period(text: &str) -> Option<Duration> {
     Some(total)
 }
 
+/// The bytes of a size.
+fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
+    match size {
+        Size::Bytes(bytes) => Ok(*bytes),
+        Size::Text(text) => parse_size(text)
+            .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
+    }
+}
+
 /// `4MiB`, `10 MB`, `4096`.
 fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
@@ -634,7 +680,9 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 6] = ["server", "storage", "auth", "access", "events", "log"];
+const SECTIONS: [&str; 8] = [
+    "server", "storage", "auth", "access", "events", "gc", "backup", "log",
+];
 
 #[cfg(test)]
 mod tests;

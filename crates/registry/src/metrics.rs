@@ -36,6 +36,16 @@ struct Meters {
     stored: Family<KindLabel, Gauge>,
     stored_bytes: Gauge,
     pending_deletions: Gauge,
+    read_only: Family<CauseLabel, Gauge>,
+    backup: BackupMeters,
+}
+
+/// How the backup goes. Only of a registry that has one.
+#[derive(Default)]
+struct BackupMeters {
+    success: Gauge,
+    lag: Gauge,
+    failures: Gauge,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -53,6 +63,11 @@ struct RouteLabel {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OutcomeLabel {
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CauseLabel {
+    cause: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -118,6 +133,30 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let read_only = Family::default();
+        registry.register(
+            "read_only",
+            "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
+            read_only.clone(),
+        );
+        let backup = BackupMeters::default();
+        registry.register_with_unit(
+            "backup_last_success_timestamp",
+            "When the backup last succeeded; 0 before it did and without a backup",
+            Unit::Seconds,
+            backup.success.clone(),
+        );
+        registry.register_with_unit(
+            "backup_lag",
+            "How long ago the newest restorable moment is",
+            Unit::Seconds,
+            backup.lag.clone(),
+        );
+        registry.register(
+            "backup_failures",
+            "Rounds of the backup that failed since the start",
+            backup.failures.clone(),
+        );
         Self(Arc::new(Meters {
             registry,
             requests,
@@ -133,6 +172,8 @@ impl Metrics {
             stored,
             stored_bytes,
             pending_deletions,
+            read_only,
+            backup,
         }))
     }
 
@@ -210,6 +251,25 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        if let Some(status) = store.backup_status() {
+            let backup = &self.0.backup;
+            let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
+            backup.success.set(success);
+            let lag = status.lag.map_or(i64::MAX, |lag| lag.as_secs() as i64);
+            backup.lag.set(lag);
+            backup.failures.set(status.failures as i64);
+        }
+        let mode = store.mode().await?;
+        for (cause, holds) in [
+            ("command", mode.commanded.is_some()),
+            ("disk", mode.full.is_some()),
+            ("recovery", mode.recovery),
+        ] {
+            self.0
+                .read_only
+                .get_or_create(&CauseLabel { cause })
+                .set(i64::from(holds));
+        }
         let mut text = String::new();
         encode(&mut text, &self.0.registry)
             .map_err(|error| Refusal::internal(error.to_string()))?;

@@ -7,6 +7,7 @@ use oci::{Descriptor, Digest, RepositoryName, Tag};
 
 use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
+use crate::collect::GcOptions;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]
@@ -23,11 +24,23 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
-    /// How long the object of a collected blob is kept in an object store, for reads that have begun and URLs that
-    /// were handed out (1 h). An open file needs no such time.
-    pub read_grace: Duration,
+    /// The collector.
+    pub gc: GcOptions,
+    /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
+    /// file system).
+    pub floor: Option<u64>,
+    /// Bytes per second that the scrub reads (8 MiB); 0 turns it off.
+    pub scrub_rate: u64,
+    /// The scrub reads everything once in this time (30 days).
+    pub scrub_period: Duration,
     /// Connections to PostgreSQL at once, at most (16). One more waits for events.
     pub database_connections: usize,
+    /// Logical bytes that a namespace without a quota of its own may use (no limit).
+    pub quota: Option<u64>,
+    /// How long pull statistics are kept (90 days); zero keeps none.
+    pub pull_retention: Duration,
+    /// How long what agents reported is kept (400 days); `None` keeps it for ever.
+    pub attempt_retention: Option<Duration>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -38,8 +51,14 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
-            read_grace: Duration::from_hours(1),
+            gc: GcOptions::default(),
+            floor: None,
+            scrub_rate: 8 << 20,
+            scrub_period: Duration::from_hours(30 * 24),
             database_connections: 16,
+            quota: None,
+            pull_retention: Duration::from_hours(90 * 24),
+            attempt_retention: Some(Duration::from_hours(400 * 24)),
         }
     }
 }
@@ -142,7 +161,7 @@ pub struct PutOutcome {
     pub subject: Option<Digest>,
     /// The manifest was not there before.
     pub created: bool,
-    /// The event number of the commit (0 when nothing changed).
+    /// The event number of the commit: 0 when nothing changed, and on PostgreSQL, where the sealer gives it later.
     pub event: i64,
 }
 /// A tag's state.
@@ -220,6 +239,8 @@ pub enum EventKind {
     TagUpdated,
     /// A tag was deleted.
     TagDeleted,
+    /// A repository was deleted with all that it held. The event names no manifest: its digest is that of nothing.
+    RepositoryDeleted,
 }
 /// An audit row.
 #[derive(Clone, Debug)]
@@ -261,12 +282,31 @@ pub struct Statistics {
     pub blob_bytes: u64,
     /// Manifests.
     pub manifests: u64,
+    /// Their bytes.
+    pub manifest_bytes: u64,
     /// Tags.
     pub tags: u64,
     /// Open uploads.
     pub uploads: u64,
     /// Objects waiting for their physical deletion.
     pub pending_deletions: u64,
+    /// The distinct blobs and the manifests of each repository, in bytes: what there would be without deduplication.
+    pub logical_bytes: u64,
+    /// How many they are.
+    pub logical_objects: u64,
+    /// Blobs that no repository holds any more.
+    pub waiting_blobs: u64,
+    /// Their bytes, which are still stored.
+    pub waiting_bytes: u64,
+    /// How old these figures are.
+    pub age: Duration,
+}
+
+impl Statistics {
+    /// Bytes of distinct blobs and of manifests.
+    pub fn stored_bytes(&self) -> u64 {
+        self.blob_bytes.saturating_add(self.manifest_bytes)
+    }
 }
 
 /// What `verify-store` found. Offline, or read-only beside a running server.

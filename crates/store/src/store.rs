@@ -1,56 +1,86 @@
 //! The open store: one method per thing that can be done with it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
-use crate::clock::{Clock, random_name};
+use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row};
+use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
-    pub(crate) db: Db,
+    pub(crate) db: Arc<Db>,
     pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) collector: collect::Collector,
+    pub(crate) scrub: crate::scrub::Counters,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that uploads may hold in memory.
     pub(crate) memory: Arc<Semaphore>,
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
+    upkeep: Rarely,
+    /// Ended with the store.
+    background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
 }
 
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
+}
+
 impl Store {
+    /// What all clones share, for the other rooms of this crate.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Opens the embedded store in `dir`, making it when the directory is empty or missing. Takes the directory lock.
     ///
     /// # Errors
@@ -81,12 +111,22 @@ impl Store {
         objects: ObjectLocation,
         options: Options,
     ) -> Result<Self, Error> {
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
+        };
         let context = Context {
-            clock: Arc::default(),
-            signal: Arc::new(watch::channel(0).0),
+            gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
+            ..Context::new()
         };
         let shared = matches!(database, DatabaseLocation::Postgres(_));
-        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let (db, mut locks) = open_database(database, &options, context.clone()).await?;
+        let db = Arc::new(db);
         let (objects, memory) = match objects {
             ObjectLocation::Directory(root) => {
                 let files = FileSystem::open(directory::objects(&root));
@@ -99,6 +139,7 @@ impl Store {
                 (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
             }
         };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
@@ -106,17 +147,34 @@ impl Store {
         for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
         }
+        let mut background = JoinSet::new();
+        if db.seals_events() {
+            let (sealed, followed) = (Arc::clone(&db), Arc::clone(&db));
+            background.spawn(event::keep_sealed(sealed, context.clone(), epoch.clone()));
+            background.spawn(event::follow(followed, context.clone(), epoch.clone()));
+        }
         Ok(Self(Arc::new(Inner {
             db,
             objects,
             claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
+            collector: collect::Collector::default(),
+            scrub: crate::scrub::Counters::default(),
+            gate: context.gate,
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
             signal: context.signal,
             epoch,
+            upkeep: Rarely::default(),
+            background: Mutex::new(background),
             locks: Mutex::new(locks),
         })))
     }
@@ -129,22 +187,42 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
+        inner
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .abort_all();
         let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
         inner
             .locks
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
-        sealed.and(closed)
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
+    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await
+        meta::ping(&self.0.db).await?;
+        if self.0.db.is_read_only() {
+            return Err(Error::ReadOnly {
+                reason: "the database takes no writes".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -153,38 +231,68 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (expiry of uploads and events, outbox of deletions, audit sealing) until the future is dropped.
+    /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
+    /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
-        let mut tick = tokio::time::interval(MAINTENANCE);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Apart: a slow object store must not delay the rest.
+        tokio::join!(self.upkeep(), collect::work(&self.0));
+    }
+
+    async fn upkeep(&self) {
+        // A failure that lasts is told once.
+        let mut told = String::new();
         loop {
-            tick.tick().await;
-            match self.maintain_once().await {
-                Ok(()) => {}
+            match self.upkeep_once().await {
+                Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
-                Err(error) => tracing::warn!(%error, "background work failed, it is tried again"),
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "background work failed, it is tried again");
+                        told = text;
+                    }
+                }
             }
+            tokio::time::sleep(between_rounds()).await;
         }
     }
 
-    /// One round of the background work, to its end.
+    /// All background work that is due, to its end.
     ///
     /// # Errors
     /// The first failure; what was done before stays done.
     #[doc(hidden)]
     pub async fn maintain_once(&self) -> Result<(), Error> {
+        self.upkeep_once().await?;
+        collect::drain(&self.0).await?;
+        self.upkeep_once().await
+    }
+
+    async fn upkeep_once(&self) -> Result<(), Error> {
         let inner = &self.0;
+        self.watch_mode().await?;
         for slot in inner.claims.idle(inner.options.claim_idle) {
             if let Some(session) = slot.take_idle(inner.options.claim_idle) {
                 end_idle(inner, session).await;
             }
         }
-        while collect::expire_uploads(inner).await? > 0 {}
-        while collect::serve_outbox(inner).await? > 0 {}
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
-        let retention = inner.options.event_retention;
-        inner.db.write(event::Prune { retention }).await
+        usage::maintain(inner).await?;
+        let now = inner.clock.now();
+        event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
+        if inner.upkeep.due(now) {
+            inner.db.write(meta::ForgetMarks).await?;
+        }
+        Ok(())
+    }
+
+    /// Numbers every event that is committed and seals every audit record, as the background work does.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn seal(&self) -> Result<(), Error> {
+        seal(&self.0).await
     }
 
     /// Starts an upload (end-4a, end-4c). `algorithm` is what `digest-algorithm` asked for.
@@ -234,6 +342,7 @@ impl Store {
         id: &UploadId,
     ) -> Result<UploadWriter, Error> {
         let inner = &self.0;
+        inner.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let claim = loop {
             match inner.claims.claim(&id.0, &slot) {
@@ -291,13 +400,14 @@ impl Store {
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
     ///
     /// # Errors
-    /// None today; reserved for quotas.
+    /// [`Error::ReadOnly`].
     pub async fn put_blob(
         &self,
         repository: &RepositoryName,
         digest: &Digest,
         actor: &Actor,
     ) -> Result<UploadWriter, Error> {
+        self.0.gate.check_early()?;
         let slot = Arc::<Slot>::default();
         let session = Session::single(&self.0, &slot, repository, digest.algorithm(), actor);
         *slot.session.lock().await = Some(Box::new(session));
@@ -438,7 +548,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -587,22 +697,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.
@@ -656,6 +756,8 @@ impl std::fmt::Debug for Store {
 struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
 
     async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
@@ -676,12 +778,15 @@ impl crate::sql::Body for VerifyOpen {
 /// Opens the database with the lock of its directory, where it has one.
 async fn open_database(
     location: DatabaseLocation,
+    options: &Options,
     context: Context,
 ) -> Result<(Db, Vec<Directory>), Error> {
     match location {
         DatabaseLocation::Sqlite(root) => {
             blocking(move || {
                 let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
                 let path = directory::database(&root);
                 let db = Db::open_sqlite(&path, directory.fresh, context)?;
                 Ok((db, vec![directory]))
@@ -689,7 +794,8 @@ async fn open_database(
             .await
         }
         DatabaseLocation::Postgres(url) => {
-            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+            let db = Db::open_postgres(&url, options.database_connections, context).await?;
+            Ok((db, Vec::new()))
         }
     }
 }
@@ -707,6 +813,16 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     let ended = inner.tasks.spawn_on(session.record(), &inner.runtime).await;
     if let Ok(Err(error)) = ended {
         tracing::debug!(%error, "an idle upload could not be recorded");
+    }
+}
+
+fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+    match outcome {
+        Err(Error::Full) => {
+            tracing::info!("the disk is full, what is left of the end is done at the next start");
+            Ok(())
+        }
+        other => other,
     }
 }
 
@@ -740,8 +856,30 @@ async fn claim_row(
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {
-    while inner.db.write(audit::Seal).await? {}
-    Ok(())
+    event::seal(&inner.db, &inner.epoch).await?;
+    audit::seal(&inner.db).await
+}
+
+/// About a second; replicas that were started together drift apart.
+fn between_rounds() -> Duration {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    MAINTENANCE + Duration::from_millis(u64::from(random[0]))
+}
+
+/// Says now and then that rare work is due.
+#[derive(Default)]
+struct Rarely(AtomicI64);
+
+impl Rarely {
+    fn due(&self, now: Timestamp) -> bool {
+        let last = Timestamp(self.0.load(Ordering::Relaxed));
+        let due = now >= last.plus(RARELY);
+        if due {
+            self.0.store(now.0, Ordering::Relaxed);
+        }
+        due
+    }
 }
 
 /// The one number of a counting statement.
@@ -749,4 +887,5 @@ pub(crate) fn single(rows: &[Row]) -> Result<u64, Error> {
     rows.first().map_or(Ok(0), |row| row.u64(0))
 }
 
-const MAINTENANCE: Duration = Duration::from_secs(1);
+const MAINTENANCE: Duration = Duration::from_millis(900);
+const RARELY: Duration = Duration::from_hours(1);

@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, UploadId};
 use crate::repository;
-use crate::sql::{Body, Db, Row, Tx, Value, statements};
+use crate::sql::{Body, Db, Row, Tx, Value, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO upload (id, name, repository_id, algorithm, storage_key, body, size, hash_state, \
@@ -242,6 +242,8 @@ pub(crate) struct ReleaseClaim {
 impl Body for ReleaseClaim {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         release(tx, self.id, &self.token).await
     }
@@ -453,6 +455,7 @@ pub(crate) struct Expire {
 
 impl Body for Expire {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         if self.claim.is_some() {
@@ -480,6 +483,7 @@ pub(crate) struct Collect {
 
 impl Body for Collect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {

@@ -7,21 +7,19 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use oci::{Digest, Manifest};
-use tokio::sync::watch;
 
 use crate::audit;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
-use crate::clock::Clock;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::model::VerifyReport;
 use crate::sql::{self, Context, Row, Tx, statements};
 use crate::upload::writer::digest_of_file;
+use crate::usage;
 
 statements! {
     BLOBS = "SELECT id, digest, size, body, storage_key, state FROM blob WHERE id > $1 ORDER BY id LIMIT 64";
@@ -75,7 +73,7 @@ pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
         let listed = objects.list()?;
         let snapshot = || {
             check_present(&dir)?;
-            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), context())
+            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), Context::new())
         };
         let mut tx = snapshot()?;
         let mut report = VerifyReport {
@@ -111,7 +109,7 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
-        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), context())?;
+        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
         sql::poll_once(audit::verify(&mut tx))?
             .map_err(|problem| Error::damaged(&database, problem))
     })
@@ -128,13 +126,6 @@ fn check_present(dir: &Path) -> Result<(), Error> {
             &database,
             "it is missing, restore the directory from a backup",
         ))
-    }
-}
-
-fn context() -> Context {
-    Context {
-        clock: Arc::new(Clock::default()),
-        signal: Arc::new(watch::channel(0).0),
     }
 }
 
@@ -184,6 +175,7 @@ pub(crate) async fn check(
     check_manifests(tx, report).await?;
     check_tags(tx, report).await?;
     check_uploads(tx, report).await?;
+    usage::check(tx, &mut report.problems).await?;
     for row in tx.query(&UNFILLED, &[]).await? {
         report.problems.push(format!(
             "an edge of repository `{}` to blob `{}` is not filled although the blob is there",

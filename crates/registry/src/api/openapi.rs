@@ -4,6 +4,18 @@ use serde_json::{Value, json};
 
 /// The document, OpenAPI 3.1.
 pub(crate) fn document() -> Value {
+    let mut document = skeleton();
+    if let Some(Value::Object(paths)) = document.get_mut("paths") {
+        for more in [super::mode::paths()] {
+            if let Value::Object(more) = more {
+                paths.extend(more);
+            }
+        }
+    }
+    document
+}
+
+fn skeleton() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {

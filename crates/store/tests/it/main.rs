@@ -1,6 +1,10 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
@@ -10,11 +14,15 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod modes;
 mod object_store;
 #[cfg(test)]
 mod object_store_faults;
 #[cfg(test)]
 mod postgres;
+mod reports;
+#[cfg(test)]
+mod scrub;
 #[cfg(test)]
 mod stand_in;
 #[cfg(test)]

@@ -13,6 +13,9 @@ ALTER TABLE upload ADD COLUMN claimed_until BIGINT;
 -- A multipart upload to abort before the object of this key is deleted.
 ALTER TABLE deletion ADD COLUMN multipart TEXT COLLATE "C";
 
+-- The bytes of the object, where they are known.
+ALTER TABLE deletion ADD COLUMN size BIGINT;
+
 -- Events are inserted without a number and numbered by the sealer, in the order of `ordinal`. The ordinal of an event is taken
 -- after every lock of its transaction, so what depends on one another is in order.
 ALTER TABLE event DROP CONSTRAINT event_pkey;
@@ -23,22 +26,44 @@ CREATE INDEX event_unsealed ON event (ordinal) WHERE number IS NULL;
 
 -- When the bytes of a blob were last read and found right.
 ALTER TABLE blob ADD COLUMN checked_at BIGINT;
+-- Until when somebody reads it.
+ALTER TABLE blob ADD COLUMN checking_until BIGINT;
 CREATE INDEX blob_checked ON blob (checked_at, id);
 CREATE INDEX blob_suspect ON blob (id) WHERE state = 'suspect';
+
+-- Manifests whose bytes in their row are not those of their digest.
+CREATE TABLE damaged_manifest (
+    manifest_id BIGINT PRIMARY KEY NOT NULL REFERENCES manifest (id) ON DELETE CASCADE,
+    found_at BIGINT NOT NULL
+);
 
 -- A repository that is being deleted has lost its name; its content goes in the background.
 ALTER TABLE repository ADD COLUMN deleted_name TEXT COLLATE "C";
 ALTER TABLE repository ADD COLUMN deleted_at BIGINT;
+CREATE INDEX upload_repository ON upload (repository_id);
 
 ALTER TABLE collection_queue DROP CONSTRAINT collection_queue_kind_check;
 ALTER TABLE collection_queue ADD CONSTRAINT collection_queue_kind_check
     CHECK (kind IN ('manifest', 'repository_blob', 'blob', 'upload', 'repository'));
 
+CREATE INDEX collection_queue_failed ON collection_queue (kind) WHERE attempts > 1;
+
+-- Since when the subject of this row is gone; NULL while it is there, and where it never was.
+ALTER TABLE referrer ADD COLUMN subject_gone_at BIGINT;
+
 CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
 CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
 
+-- A set of pins is replaced as a whole; its version changes with it.
+CREATE TABLE pin_holder (
+    holder TEXT COLLATE "C" PRIMARY KEY NOT NULL,
+    version BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    updated_by TEXT COLLATE "C" NOT NULL
+);
+
 CREATE TABLE pin (
-    holder TEXT COLLATE "C" NOT NULL,
+    holder TEXT COLLATE "C" NOT NULL REFERENCES pin_holder (holder),
     repository_id BIGINT NOT NULL REFERENCES repository (id),
     digest BYTEA NOT NULL,
     manifest_id BIGINT NOT NULL REFERENCES manifest (id),
@@ -48,39 +73,60 @@ CREATE TABLE pin (
     expires_at BIGINT,
     PRIMARY KEY (holder, repository_id, digest)
 );
+CREATE INDEX pin_repository ON pin (repository_id);
 CREATE INDEX pin_manifest ON pin (manifest_id);
 CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
 
--- What agents reported, in the order of their ledgers.
+-- What agents reported, in the order of their ledgers. `link` tells how a record follows the one before it here.
 CREATE TABLE attempt (
     id BIGINT PRIMARY KEY NOT NULL,
     holder TEXT COLLATE "C" NOT NULL,
     target TEXT COLLATE "C" NOT NULL,
     sequence BIGINT NOT NULL,
     hash BYTEA NOT NULL,
+    link TEXT COLLATE "C" NOT NULL CHECK (link IN ('start', 'next', 'gap', 'fork')),
+    kind TEXT COLLATE "C" NOT NULL,
+    attempt BIGINT,
     repository TEXT COLLATE "C",
     digest BYTEA,
     outcome TEXT COLLATE "C",
     body TEXT COLLATE "C" NOT NULL,
     received_by TEXT COLLATE "C" NOT NULL,
     received_at BIGINT NOT NULL,
-    UNIQUE (holder, target, hash)
+    UNIQUE (holder, target, hash),
+    UNIQUE (holder, target, sequence)
 );
-CREATE INDEX attempt_order ON attempt (holder, target, id);
-CREATE INDEX attempt_digest ON attempt (digest) WHERE digest IS NOT NULL;
+CREATE INDEX attempt_holder ON attempt (holder, id);
+CREATE INDEX attempt_digest ON attempt (digest, id) WHERE digest IS NOT NULL;
+CREATE INDEX attempt_received ON attempt (received_at);
 
 -- Logical bytes per repository, folded as those of namespaces are.
 ALTER TABLE usage_delta ADD COLUMN repository_id BIGINT;
+CREATE INDEX usage_delta_namespace ON usage_delta (namespace_id);
 CREATE TABLE repository_total (
     repository_id BIGINT PRIMARY KEY NOT NULL,
+    namespace_id BIGINT NOT NULL,
     bytes BIGINT NOT NULL,
     objects BIGINT NOT NULL,
     folded_at BIGINT NOT NULL
 );
+CREATE INDEX repository_total_bytes ON repository_total (bytes, repository_id);
+CREATE INDEX repository_total_namespace ON repository_total (namespace_id, bytes, repository_id);
+-- Repositories begin with what their rows say. Deltas of programs of schema 1 have no repository; each makes those of its
+-- namespace be counted again.
+INSERT INTO repository_total (repository_id, namespace_id, bytes, objects, folded_at)
+    SELECT c.repository_id, r.namespace_id, SUM(c.size), COUNT(*), 0 FROM (
+        SELECT m.repository_id, m.size FROM manifest m
+        UNION ALL
+        SELECT rb.repository_id, b.size FROM repository_blob rb JOIN blob b ON b.id = rb.blob_id
+    ) c JOIN repository r ON r.id = c.repository_id GROUP BY c.repository_id, r.namespace_id;
+-- What is counted from time to time is counted in these, not in the tables.
+CREATE INDEX blob_size ON blob (size);
+CREATE INDEX manifest_size ON manifest (size);
 
--- Pulls merged by principal, digest and hour.
+-- Pulls merged by principal, digest and hour. They may outlive their repository.
 CREATE TABLE pull (
-    repository_id BIGINT NOT NULL REFERENCES repository (id),
+    repository_id BIGINT NOT NULL,
     digest BYTEA NOT NULL,
     principal TEXT COLLATE "C" NOT NULL,
     hour BIGINT NOT NULL,
@@ -111,3 +157,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 );
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence.
+CREATE TABLE commit_mark (
+    session BIGINT PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+) WITH (fillfactor = 50);
