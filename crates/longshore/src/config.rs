@@ -5,6 +5,7 @@
 
 mod backup;
 mod gc;
+mod redirect;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,8 @@ pub(crate) struct Config {
     pub(crate) location: Location,
     /// How many of the largest repositories `/metrics` names.
     pub(crate) metric_repositories: Option<usize>,
+    /// Which pulls are sent to the object store.
+    pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
     pub(crate) store: store::Options,
     /// The continuous backup.
@@ -197,6 +200,7 @@ struct Storage {
     database_connections: Option<usize>,
     objects: Option<String>,
     s3: S3,
+    redirect: redirect::Redirect,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
@@ -373,7 +377,10 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
-        self.gc.apply(&mut options, false)?;
+        let location = self.storage.location(data)?;
+        let s3 = matches!(location.objects, ObjectLocation::S3(_));
+        self.gc.apply(&mut options, s3)?;
+        let redirect = self.storage.redirect.check(&mut options, s3)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -434,7 +441,8 @@ impl Raw {
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
             metric_repositories: self.server.metric_repositories,
-            location: self.storage.location(data)?,
+            location,
+            redirect,
             store: options,
             backup: self.backup.check()?,
             htpasswd,

@@ -204,6 +204,7 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     let mut settings = registry::Settings {
         listen: config.listen.clone(),
         public_url: config.public_url.clone(),
+        redirect: config.redirect.clone(),
         ..registry::Settings::default()
     };
     settings.tls = config

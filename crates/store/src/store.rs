@@ -845,16 +845,12 @@ async fn claim_row(
             span: inner.options.claim_idle,
         })
         .await?;
-    match claimed {
-        Some(open) => {
-            let claim = RowClaim::new(inner, slot, open.id, token, asked);
-            Ok((open, Some(claim)))
-        }
-        None => {
-            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-            Err(Error::UploadBusy { offset })
-        }
-    }
+    let Some(open) = claimed else {
+        let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+        return Err(Error::UploadBusy { offset });
+    };
+    let claim = RowClaim::new(inner, slot, open.id, token, asked);
+    Ok((open, Some(claim)))
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {

@@ -17,6 +17,8 @@ mod modes;
 #[cfg(test)]
 mod object_store;
 #[cfg(test)]
+mod object_store_faults;
+#[cfg(test)]
 mod postgres;
 #[cfg(test)]
 mod reports;
@@ -24,6 +26,8 @@ mod reports;
 mod retention;
 #[cfg(test)]
 mod scrub;
+#[cfg(test)]
+mod stand_in;
 #[cfg(test)]
 mod transfer;
 #[cfg(test)]
