@@ -24,6 +24,7 @@ mod collect;
 mod directory;
 mod error;
 mod event;
+mod export;
 mod failpoint;
 mod lease;
 mod location;
@@ -32,6 +33,7 @@ mod meta;
 mod mode;
 mod model;
 mod referrer;
+mod reindex;
 mod repository;
 mod scrub;
 mod sql;
@@ -58,6 +60,7 @@ pub use model::{
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;

@@ -13,6 +13,7 @@ use crate::blob::file_system::FileSystem;
 use crate::clock::{Clock, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
@@ -23,7 +24,7 @@ use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, Slot};
 use crate::upload::writer::{MEMORY, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, referrer, repository, tag, upload, usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -47,6 +48,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     /// Dropped last: the lock goes after everything that it protects.
@@ -150,6 +153,7 @@ impl Store {
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
+            exports: Shelf::of_directory(dir),
             signal: context.signal,
             epoch,
             directory: Mutex::new(Some(directory)),
@@ -199,7 +203,7 @@ impl Store {
     /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0));
+        tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0));
     }
 
     async fn upkeep(&self) {

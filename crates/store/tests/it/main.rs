@@ -18,6 +18,8 @@ mod modes;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod reindex;
+#[cfg(test)]
 mod scrub;
 #[cfg(test)]
 mod uploads;
