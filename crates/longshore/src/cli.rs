@@ -4,6 +4,8 @@ pub(crate) mod agent;
 mod artifact;
 mod backup;
 mod completions;
+mod export;
+mod import;
 mod login;
 mod mode;
 pub(crate) mod proof;
@@ -42,7 +44,9 @@ impl Cli {
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
             Command::Login(command) => command.run(&global).await,
@@ -162,6 +166,10 @@ enum Command {
     Verify(proof::Verify),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
+    /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
+    Import(import::Import),
+    /// Write repositories into a directory of OCI layouts.
+    Export(export::Export),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// Make one full backup of a data directory, also beside its running server, or look at backups.

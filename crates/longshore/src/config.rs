@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use store::{DatabaseLocation, Location, ObjectLocation, S3Location};
 
 use crate::output::{Exit, Refused};
 
@@ -33,8 +34,8 @@ pub(crate) struct Config {
     pub(crate) manifest_bytes: Option<u64>,
     /// How long requests may finish after SIGTERM.
     pub(crate) drain: Option<Duration>,
-    /// The data directory.
-    pub(crate) data: PathBuf,
+    /// Where metadata and blobs are.
+    pub(crate) location: Location,
     /// Settings of the store.
     pub(crate) store: store::Options,
     /// The continuous backup.
@@ -187,10 +188,34 @@ enum Size {
 #[serde(deny_unknown_fields, default)]
 struct Storage {
     directory: Option<PathBuf>,
+    database: Option<Hidden>,
+    database_file: Option<PathBuf>,
+    database_connections: Option<usize>,
+    objects: Option<String>,
+    s3: S3,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct S3 {
+    endpoint: Option<String>,
+    region: Option<String>,
+    path_style: Option<bool>,
+}
+
+/// Text that may hold a password: `Debug` does not show it.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Hidden(String);
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -309,6 +334,12 @@ impl Raw {
             .as_ref()
             .map(|size| bytes("storage.floor", size))
             .transpose()?;
+        if let Some(connections) = self.storage.database_connections {
+            if !(2..=1000).contains(&connections) {
+                anyhow::bail!("`storage.database_connections` must be between 2 and 1000");
+            }
+            options.database_connections = connections;
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
@@ -374,16 +405,101 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            data: data
-                .map(Path::to_path_buf)
-                .or(self.storage.directory)
-                .map_or_else(default_data, Ok)?,
+            location: self.storage.location(data)?,
             store: options,
             backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
         })
+    }
+}
+
+impl Storage {
+    /// Where metadata and blobs are. The data directory is that of the command line, of the file, or the default.
+    fn location(&self, data: Option<&Path>) -> anyhow::Result<Location> {
+        let directory = || {
+            data.map(Path::to_path_buf)
+                .or_else(|| self.directory.clone())
+                .map_or_else(default_data, Ok)
+        };
+        let database = match self.connection()? {
+            Some((key, text)) => DatabaseLocation::postgres(&text)
+                .map_err(|problem| anyhow::anyhow!("`{key}`: {problem}"))?,
+            None => DatabaseLocation::Sqlite(directory()?),
+        };
+        let objects = match &self.objects {
+            None => ObjectLocation::Directory(directory()?),
+            Some(text) if text.starts_with("s3:") => ObjectLocation::S3(self.bucket(text)?),
+            Some(text) if Path::new(text).is_absolute() => ObjectLocation::Directory(text.into()),
+            Some(text) => anyhow::bail!(
+                "`storage.objects`: `{text}` is neither an absolute path nor `s3://bucket/prefix`"
+            ),
+        };
+        if !matches!(objects, ObjectLocation::S3(_)) && self.s3.is_used() {
+            anyhow::bail!(
+                "`storage.s3` has settings, but `storage.objects` is no bucket: write `objects: s3://bucket/prefix`"
+            );
+        }
+        Ok(Location { database, objects })
+    }
+
+    /// The connection string with the key that it came from.
+    fn connection(&self) -> anyhow::Result<Option<(&'static str, String)>> {
+        match (&self.database, &self.database_file) {
+            (Some(_), Some(_)) => {
+                anyhow::bail!("`storage.database` and `storage.database_file` exclude each other")
+            }
+            (Some(Hidden(text)), None) if text == "embedded" => Ok(None),
+            (Some(Hidden(text)), None) => {
+                if !store::is_postgres(text) {
+                    // What was written here is not shown: it may still hold a password.
+                    anyhow::bail!(
+                        "`storage.database` is neither `embedded` nor a connection string such as `postgres://user@host/database`"
+                    );
+                }
+                Ok(Some(("storage.database", text.clone())))
+            }
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path).with_context(|| {
+                    format!("`storage.database_file`: cannot read `{}`", path.display())
+                })?;
+                Ok(Some(("storage.database_file", text.trim().to_owned())))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn bucket(&self, text: &str) -> anyhow::Result<S3Location> {
+        let location = S3Location::parse(text)
+            .map_err(|problem| anyhow::anyhow!("`storage.objects`: {problem}"))?;
+        if let Some(endpoint) = &self.s3.endpoint
+            && !["http://", "https://"].iter().any(|scheme| {
+                endpoint
+                    .strip_prefix(scheme)
+                    .is_some_and(|host| !host.trim_end_matches('/').is_empty())
+            })
+        {
+            anyhow::bail!(
+                "`storage.s3.endpoint`: `{endpoint}` is no URL, write for example `https://s3.example.com`"
+            );
+        }
+        Ok(S3Location {
+            endpoint: self
+                .s3
+                .endpoint
+                .as_ref()
+                .map(|url| url.trim_end_matches('/').to_owned()),
+            region: self.s3.region.clone(),
+            path_style: self.s3.path_style.unwrap_or(false),
+            ..location
+        })
+    }
+}
+
+impl S3 {
+    fn is_used(&self) -> bool {
+        self.endpoint.is_some() || self.region.is_some() || self.path_style.is_some()
     }
 }
 

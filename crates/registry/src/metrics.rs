@@ -29,6 +29,8 @@ struct Meters {
     streams: Gauge,
     sent: Counter,
     received: Counter,
+    delegated: Counter,
+    delegated_bytes: Counter,
     logins: Family<OutcomeLabel, Counter>,
     panics: Counter,
     stored: Family<KindLabel, Gauge>,
@@ -99,6 +101,19 @@ impl Metrics {
             Unit::Bytes,
             received.clone(),
         );
+        let delegated = Counter::default();
+        registry.register(
+            "delegated_pulls",
+            "Pulls of blobs that were sent to the object store",
+            delegated.clone(),
+        );
+        let delegated_bytes = Counter::default();
+        registry.register_with_unit(
+            "delegated",
+            "Bytes of blobs that were sent to the object store for",
+            Unit::Bytes,
+            delegated_bytes.clone(),
+        );
         let logins = Family::default();
         registry.register("logins", "Password checks", logins.clone());
         let panics = Counter::default();
@@ -150,6 +165,8 @@ impl Metrics {
             streams,
             sent,
             received,
+            delegated,
+            delegated_bytes,
             logins,
             panics,
             stored,
@@ -189,6 +206,12 @@ impl Metrics {
 
     pub(crate) fn received(&self, bytes: u64) {
         self.0.received.inc_by(bytes);
+    }
+
+    /// Counts a pull that the object store answers in our place.
+    pub(crate) fn delegated(&self, bytes: u64) {
+        self.0.delegated.inc();
+        self.0.delegated_bytes.inc_by(bytes);
     }
 
     pub(crate) fn login(&self, outcome: &'static str) {

@@ -212,7 +212,11 @@ pub fn list_backups(directory: &Path) -> Result<BackupList, Error> {
 
 /// The objects as files; a backup of this kind needs them.
 fn files(inner: &Inner) -> Result<&FileSystem, Error> {
-    Ok(&inner.objects)
+    inner.objects.files().map(Arc::as_ref).ok_or_else(|| {
+        Error::Database(
+            "this backup copies files, and the objects are in an object store: see the guide to backups".to_owned(),
+        )
+    })
 }
 
 /// Rows of table `blob` with an object, after `last`, in the order of their ids.

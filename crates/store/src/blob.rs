@@ -5,13 +5,15 @@
 //! rights are not.
 
 pub(crate) mod file_system;
+pub(crate) mod objects;
+pub(crate) mod s3;
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use oci::{Digest, RepositoryName};
 
 use crate::collect::{self, Kind};
@@ -23,7 +25,7 @@ use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Inner;
 use crate::{audit, manifest};
-use file_system::StorageKey;
+pub(crate) use file_system::StorageKey;
 
 statements! {
     STAT = "SELECT b.size, rb.lease_until, CAST(CASE WHEN EXISTS ( \
@@ -78,7 +80,7 @@ pub(crate) async fn stat(
     Ok(Some(info))
 }
 
-/// Opens a blob: one query and one `open`.
+/// Opens a blob: one query and one `open`; of an object store nothing is asked before its bytes are.
 pub(crate) async fn open(
     inner: &Inner,
     repository: &RepositoryName,
@@ -108,14 +110,14 @@ pub(crate) async fn open_object(
     key: &StorageKey,
     size: u64,
 ) -> Result<BlobContent, Error> {
-    inner.objects.read(key, size).map(BlobContent::File)
+    inner.objects.read(key, size)
 }
 
 impl Blob {
     /// Reads a range whole, for small blobs and tests. What lies after the end is left out.
     ///
     /// # Errors
-    /// [`Error::Database`] when the file cannot be read.
+    /// [`Error::Database`] when the file cannot be read; [`Error::Unavailable`] of an object store.
     pub async fn read(&self, range: Range<u64>) -> Result<Bytes, Error> {
         let end = range.end.min(self.size);
         let start = range.start.min(end);
@@ -139,6 +141,25 @@ impl Blob {
                 .unwrap_or_else(|_| Err(std::io::Error::other("the reader stopped")))
                 .map_err(failed)
             }
+            BlobContent::Remote(blob) => {
+                let mut stream = blob.stream(start..end).await?;
+                let mut buffer = BytesMut::new();
+                while let Some(bytes) = stream.next().await? {
+                    buffer.extend_from_slice(&bytes);
+                }
+                Ok(buffer.freeze())
+            }
+        }
+    }
+
+    /// A URL with which anybody may read the whole blob for `ttl`, when its bytes are in an object store.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when there are no credentials to sign with.
+    pub async fn presign(&self, ttl: Duration) -> Result<Option<String>, Error> {
+        match &self.content {
+            BlobContent::Inline(_) | BlobContent::File(_) => Ok(None),
+            BlobContent::Remote(blob) => blob.presign(ttl).await.map(Some),
         }
     }
 }

@@ -55,7 +55,7 @@ mod settings;
 mod worker;
 
 pub use outbox::OutboxLength;
-pub(crate) use outbox::{count as count_deletions, discard};
+pub(crate) use outbox::{count as count_deletions, discard, discard_multipart};
 pub use queue::{Kind, QueueLength};
 pub(crate) use queue::{enqueue, forget};
 pub use settings::{GcOptions, Window, WindowError};

@@ -75,16 +75,29 @@ impl Directory {
         })
     }
 
-    /// Takes the lock of a directory that holds objects alone.
+    /// Takes a part in the lock of a directory that holds objects alone. Keys are never used twice and claims are in
+    /// the database, so replicas may share it; an embedded store may not.
     pub(crate) fn open_objects(root: &Path) -> Result<Self, Error> {
         make_directory(root)?;
-        let lock = take_lock(root)?;
+        if read_format(root)?.is_some() || database(root).exists() {
+            return Err(Error::NotADataDirectory {
+                dir: root.to_owned(),
+                found: "an embedded store".to_owned(),
+            });
+        }
+        check_ours(root)?;
+        let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh: false,
         })
+    }
+
+    /// Whether this is the directory at `path`.
+    pub(crate) fn is(&self, path: &Path) -> bool {
+        self.root == path
     }
 
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
@@ -202,6 +215,14 @@ fn check_ours(root: &Path) -> Result<(), Error> {
 }
 
 fn take_lock(root: &Path) -> Result<File, Error> {
+    lock(root, File::try_lock)
+}
+
+fn share_lock(root: &Path) -> Result<File, Error> {
+    lock(root, File::try_lock_shared)
+}
+
+fn lock(root: &Path, take: fn(&File) -> Result<(), TryLockError>) -> Result<File, Error> {
     let path = root.join(LOCK);
     let file = OpenOptions::new()
         .create(true)
@@ -210,7 +231,7 @@ fn take_lock(root: &Path) -> Result<File, Error> {
         .write(true)
         .open(&path)
         .map_err(|error| Error::io("open", &path, error))?;
-    match file.try_lock() {
+    match take(&file) {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::InUse(root.to_owned())),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path, error)),

@@ -137,8 +137,16 @@ pub enum Error {
         /// Bytes used.
         used: u64,
     },
+    /// A compare-and-set of pins found another set (412).
+    #[error("the pins of `{holder}` are not in the expected state, read them again")]
+    PinsChanged {
+        /// The holder.
+        holder: String,
+        /// The version of its set; `None`: it has none.
+        version: Option<i64>,
+    },
     /// A pin keeps the manifest (`I19`).
-    #[error("manifest `{digest}` is pinned by {}", holders.join(", "))]
+    #[error("manifest `{digest}` is pinned by {}, take the pin away first", holders.join(", "))]
     Pinned {
         /// The manifest.
         digest: Digest,
@@ -153,6 +161,9 @@ pub enum Error {
         /// What it said.
         problem: String,
     },
+    /// A store that is being carried from one place to another, or cannot be.
+    #[error("{0}")]
+    Moving(String),
     /// The store has stopped after a failure that it must not go on from.
     #[error("the store has stopped after a failure, restart the server and look at its log")]
     Stopped,

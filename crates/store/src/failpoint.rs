@@ -57,8 +57,29 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "seal.before",
+    "seal.after_numbers",
+    "seal.after_events",
     "audit.before_seal",
     "audit.after_seal",
+    "import.before_row",
+    "import.after_row",
+    "import.after_place",
+    "import.after_sync",
+    "migrate.before_copy",
+    "migrate.after_copy",
+    "migrate.after_step",
+    "migrate.before_commit",
+    "migrate.after_commit",
+    "migrate.after_journal",
+    "migrate.after_blob_rows",
+    "migrate.after_object",
+    "migrate.after_objects",
+    "migrate.after_wipe",
+    "migrate.after_page",
+    "migrate.after_tables",
+    "migrate.after_format",
+    "migrate.after_moved",
     "backup.after_object",
     "backup.after_objects",
     "backup.before_copy",
@@ -73,6 +94,18 @@ pub(crate) const NAMES: &[&str] = &[
     "restore.after_database",
     "restore.after_objects",
     "restore.before_format",
+];
+
+/// Points that are passed only where objects are in an object store.
+pub(crate) const OBJECT_STORE_NAMES: &[&str] = &[
+    "upload.after_name_row",
+    "upload.after_create_multipart",
+    "upload.after_multipart_row",
+    "upload.after_part",
+    "upload.after_tail",
+    "commit.before_complete",
+    "commit.after_complete",
+    "outbox.after_abort",
 ];
 
 /// Passes the point of this name.
@@ -90,7 +123,7 @@ pub(crate) fn failpoint(name: &str) {
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     debug_assert!(
-        NAMES.contains(&name),
+        NAMES.contains(&name) || OBJECT_STORE_NAMES.contains(&name),
         "`{name}` is not in the list of failpoints"
     );
     let armed = ARMED.get_or_init(|| {

@@ -16,6 +16,7 @@
 //! parsed view beside the exact bytes.
 
 mod adopt;
+mod attempt;
 mod audit;
 mod backup;
 mod blob;
@@ -26,12 +27,15 @@ mod error;
 mod event;
 mod export;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;
 mod meta;
 mod mode;
 mod model;
+mod pin;
+mod pull;
 mod referrer;
 mod reindex;
 mod repository;
@@ -39,37 +43,50 @@ mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;
 
 pub use adopt::{Adopted, adopt};
+pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use backup::once::{BackupMade, backup};
 pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
 pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
     WindowError,
 };
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
 pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
+pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
 pub use verify::{verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

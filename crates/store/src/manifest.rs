@@ -21,7 +21,7 @@ use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::tag::{self, Change, Target};
-use crate::{audit, lease, referrer, usage};
+use crate::{audit, lease, pin, referrer, usage};
 
 statements! {
     BY_TAG = "SELECT m.digest, m.media_type, m.body FROM repository r JOIN tag t ON t.repository_id = r.id \
@@ -62,7 +62,6 @@ statements! {
     MEDIA_TYPE = "SELECT media_type FROM manifest WHERE id = $1";
     DIGEST = "SELECT digest FROM manifest WHERE id = $1";
     BODY = "SELECT body FROM manifest WHERE id = $1";
-    COUNT = "SELECT COUNT(*) FROM manifest";
 }
 
 /// Reads a manifest with one query.
@@ -326,6 +325,8 @@ impl Body for Delete {
             return Err(Error::ManifestInUse(self.digest.clone()));
         }
         let doomed = Doomed::read(&row, self.digest.clone())?;
+        // I19: what somebody pins stays.
+        pin::refuse(tx, doomed.id, &self.digest).await?;
         let change = Change {
             place,
             repository: &self.repository,
@@ -411,6 +412,18 @@ fn digests(rows: &[Row]) -> Result<Vec<Digest>, Error> {
     rows.iter().map(|row| row.digest(0)).collect()
 }
 
+/// The row of a manifest, locked so that nobody removes it before the transaction ends.
+pub(crate) async fn share(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+) -> Result<Option<i64>, Error> {
+    tx.query_opt(&SHARE, &[repository.into(), digest.into()])
+        .await?
+        .map(|row| row.i64(0))
+        .transpose()
+}
+
 /// Fills the edges that named a blob before it was there.
 pub(crate) async fn fill_blob_edges(
     tx: &mut Tx,
@@ -467,8 +480,4 @@ pub(crate) async fn body(tx: &mut Tx, manifest: i64) -> Result<Vec<u8>, Error> {
     tx.query_opt(&BODY, &[manifest.into()])
         .await?
         .map_or_else(|| Ok(Vec::new()), |row| row.bytes(0))
-}
-
-pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
-    crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
 }

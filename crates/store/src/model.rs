@@ -5,10 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
+use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
 use crate::collect::GcOptions;
 
-/// Settings of an embedded store.
+/// Settings of a store.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long an uploaded blob is kept without a manifest (24 h).
@@ -32,6 +33,14 @@ pub struct Options {
     pub scrub_rate: u64,
     /// The scrub reads everything once in this time (30 days).
     pub scrub_period: Duration,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
+    /// Logical bytes that a namespace without a quota of its own may use (no limit).
+    pub quota: Option<u64>,
+    /// How long pull statistics are kept (90 days); zero keeps none.
+    pub pull_retention: Duration,
+    /// How long what agents reported is kept (400 days); `None` keeps it for ever.
+    pub attempt_retention: Option<Duration>,
 }
 impl Default for Options {
     fn default() -> Self {
@@ -46,6 +55,10 @@ impl Default for Options {
             floor: None,
             scrub_rate: 8 << 20,
             scrub_period: Duration::from_hours(30 * 24),
+            database_connections: 16,
+            quota: None,
+            pull_retention: Duration::from_hours(90 * 24),
+            attempt_retention: Some(Duration::from_hours(400 * 24)),
         }
     }
 }
@@ -87,6 +100,8 @@ pub enum BlobContent {
     Inline(Bytes),
     /// In a file of exactly `size` bytes, open for reading, immutable.
     File(std::fs::File),
+    /// In an object store, immutable.
+    Remote(RemoteBlob),
 }
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]
@@ -146,7 +161,7 @@ pub struct PutOutcome {
     pub subject: Option<Digest>,
     /// The manifest was not there before.
     pub created: bool,
-    /// The event number of the commit (0 when nothing changed).
+    /// The event number of the commit: 0 when nothing changed, and on PostgreSQL, where the sealer gives it later.
     pub event: i64,
 }
 /// A tag's state.
@@ -267,12 +282,31 @@ pub struct Statistics {
     pub blob_bytes: u64,
     /// Manifests.
     pub manifests: u64,
+    /// Their bytes.
+    pub manifest_bytes: u64,
     /// Tags.
     pub tags: u64,
     /// Open uploads.
     pub uploads: u64,
     /// Objects waiting for their physical deletion.
     pub pending_deletions: u64,
+    /// The distinct blobs and the manifests of each repository, in bytes: what there would be without deduplication.
+    pub logical_bytes: u64,
+    /// How many they are.
+    pub logical_objects: u64,
+    /// Blobs that no repository holds any more.
+    pub waiting_blobs: u64,
+    /// Their bytes, which are still stored.
+    pub waiting_bytes: u64,
+    /// How old these figures are.
+    pub age: Duration,
+}
+
+impl Statistics {
+    /// Bytes of distinct blobs and of manifests.
+    pub fn stored_bytes(&self) -> u64 {
+        self.blob_bytes.saturating_add(self.manifest_bytes)
+    }
 }
 
 /// What `verify-store` found. Offline, or read-only beside a running server.

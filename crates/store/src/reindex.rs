@@ -9,16 +9,20 @@
 //! lease). A new database has a new epoch, so readers of events look at everything again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Digest, Manifest, RepositoryName, Tag, media_type as types};
-use tokio::sync::watch;
+use tokio::task::JoinSet;
 
-use crate::blob::file_system::{FileSystem, StorageKey, sync_directory};
-use crate::clock::{Clock, Timestamp};
+use crate::blob::StorageKey;
+use crate::blob::file_system::{FileSystem, sync_directory};
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
+use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -27,7 +31,6 @@ use crate::export::shelf::{Name, Shelf};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::{Actor, Options, PutManifest};
 use crate::sql::{Body, Context, Db, Tx, WriteKind, statements};
-use crate::upload::writer::digest_of_file;
 use crate::{audit, lease, manifest, meta, referrer, repository};
 
 statements! {
@@ -90,19 +93,74 @@ pub async fn reindex(
     options: &Options,
     progress: impl Fn(ReindexProgress) + Send + Sync + 'static,
 ) -> Result<Reindexed, Error> {
+    reindex_at(&Location::embedded(data), options, progress).await
+}
+
+/// The same for a store whose database is elsewhere: the database is empty, and no replica runs.
+///
+/// # Errors
+/// As [`reindex`]; [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it cannot be
+/// reached.
+pub async fn reindex_at(
+    location: &Location,
+    options: &Options,
+    progress: impl Fn(ReindexProgress) + Send + Sync + 'static,
+) -> Result<Reindexed, Error> {
+    let url = match &location.database {
+        DatabaseLocation::Sqlite(data) => {
+            let (objects, shelf) = match &location.objects {
+                ObjectLocation::Directory(root) => {
+                    let files = FileSystem::open(directory::objects(root));
+                    let objects = Objects::Directory(Arc::new(files));
+                    (objects, Shelf::of_directory(root))
+                }
+                ObjectLocation::S3(bucket) => {
+                    let s3 = S3::connect(bucket).await?;
+                    (Objects::S3(s3.clone()), Shelf::S3(s3))
+                }
+            };
+            return embedded(data, objects, &shelf, options, Arc::new(progress)).await;
+        }
+        DatabaseLocation::Postgres(url) => url,
+    };
+    let (objects, shelf, _lock) = match &location.objects {
+        ObjectLocation::Directory(data) => {
+            let root = data.clone();
+            let lock = blocking(move || Directory::open_objects(&root)).await?;
+            let files = FileSystem::open(directory::objects(data));
+            let objects = Objects::Directory(Arc::new(files));
+            (objects, Shelf::of_directory(data), Some(lock))
+        }
+        ObjectLocation::S3(bucket) => {
+            let s3 = S3::connect(bucket).await?;
+            (Objects::S3(s3.clone()), Shelf::S3(s3), None)
+        }
+    };
+    let db = Db::open_postgres(url, options.database_connections, Context::new()).await?;
+    let built = build(&db, objects, &shelf, options, Arc::new(progress)).await;
+    db.close().await?;
+    built
+}
+
+/// Builds beside the name of the database, and gives it the name when it is whole.
+async fn embedded(
+    data: &Path,
+    objects: Objects,
+    shelf: &Shelf,
+    options: &Options,
+    progress: Progress,
+) -> Result<Reindexed, Error> {
     let data = data.to_owned();
-    let shelf = Shelf::of_directory(&data);
     let scratch = data.join(SCRATCH);
     let (root, target) = (data.clone(), scratch.clone());
     let (directory, db) = blocking(move || {
         let directory = Directory::open_without_database(&root)?;
         remove_database(&target)?;
-        let db = Db::open_sqlite(&target, true, context())?;
+        let db = Db::open_sqlite(&target, true, Context::new())?;
         Ok((directory, db))
     })
     .await?;
-    let objects = Arc::new(FileSystem::open(directory::objects(&data)));
-    let built = build(&db, objects, &shelf, options, Arc::new(progress)).await;
+    let built = build(&db, objects, shelf, options, progress).await;
     db.close().await?;
     drop(db);
     let report = built?;
@@ -128,40 +186,10 @@ pub async fn reindex(
     Ok(report)
 }
 
-/// The same for a store whose database is elsewhere: the database is empty, and no replica runs.
-///
-/// # Errors
-/// As [`reindex`]; [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it cannot be
-/// reached.
-pub async fn reindex_at(
-    location: &Location,
-    options: &Options,
-    progress: impl Fn(ReindexProgress) + Send + Sync + 'static,
-) -> Result<Reindexed, Error> {
-    let url = match &location.database {
-        DatabaseLocation::Sqlite(data) => return reindex(data, options, progress).await,
-        DatabaseLocation::Postgres(url) => url,
-    };
-    let ObjectLocation::Directory(data) = &location.objects else {
-        return Err(Error::Unavailable {
-            what: "the list of all objects",
-            problem: "objects in a bucket cannot be read again yet".to_owned(),
-        });
-    };
-    let root = data.clone();
-    let _lock = blocking(move || Directory::open_objects(&root)).await?;
-    let db = Db::open_postgres(url, context()).await?;
-    let objects = Arc::new(FileSystem::open(directory::objects(data)));
-    let shelf = Shelf::of_directory(data);
-    let built = build(&db, objects, &shelf, options, Arc::new(progress)).await;
-    db.close().await?;
-    built
-}
-
 /// Fills an empty database.
 async fn build(
     db: &Db,
-    objects: Arc<FileSystem>,
+    objects: Objects,
     shelf: &Shelf,
     options: &Options,
     progress: Progress,
@@ -368,29 +396,28 @@ fn parse<T: std::str::FromStr>(text: &str) -> Result<T, Error> {
 /// Reads every object once and makes its blob.
 async fn add_objects(
     db: &Db,
-    objects: Arc<FileSystem>,
+    objects: Objects,
     index: &Index,
     lease: Duration,
     progress: &Progress,
     report: &mut Reindexed,
 ) -> Result<(), Error> {
-    let files = Arc::clone(&objects);
-    let listed = blocking(move || files.list()).await?;
+    let listed = objects.list().await?;
     let of = listed.len() as u64;
     let (send, mut receive) = tokio::sync::mpsc::channel(64);
-    let todo = Arc::new(std::sync::Mutex::new(listed.into_iter()));
+    let todo = Arc::new(Mutex::new(listed.into_iter()));
     let other = Arc::new(index.other.clone());
-    let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+    let threads = std::thread::available_parallelism().map_or(2, NonZero::get);
+    let mut readers = JoinSet::new();
     for _ in 0..threads {
         let (todo, send, other) = (Arc::clone(&todo), send.clone(), Arc::clone(&other));
-        tokio::task::spawn_blocking(move || {
+        let objects = objects.clone();
+        readers.spawn(async move {
             loop {
-                let next = todo
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner)
-                    .next();
+                let next = todo.lock().unwrap_or_else(PoisonError::into_inner).next();
                 let Some((path, key)) = next else { return };
-                if send.blocking_send(identify(path, key, &other)).is_err() {
+                let found = identify(&objects, path, key, &other).await;
+                if send.send(found).await.is_err() {
                     return;
                 }
             }
@@ -410,13 +437,8 @@ async fn add_objects(
         if batch.len() >= BATCH || (last && !batch.is_empty()) {
             let objects = std::mem::take(&mut batch);
             report.bytes += objects.iter().map(|object| object.size).sum::<u64>();
-            let (kept, _) = db
-                .write(AddObjects {
-                    objects: objects.into(),
-                    lease,
-                })
-                .await?;
-            report.objects += kept;
+            let objects = objects.into();
+            report.objects += db.write(AddObjects { objects, lease }).await?;
         }
         if last {
             return Ok(());
@@ -438,7 +460,8 @@ struct Object {
 }
 
 /// The digest of an object: the one that manifests name it by, else the usual one.
-fn identify(
+async fn identify(
+    objects: &Objects,
     path: PathBuf,
     key: Option<StorageKey>,
     other: &HashSet<Digest>,
@@ -446,26 +469,35 @@ fn identify(
     let Some(key) = key else {
         return Err(format!("`{}` is no object", path.display()));
     };
-    let hash = |algorithm| {
-        let file = std::fs::File::open(&path)?;
-        let size = file.metadata()?.len();
-        Ok((digest_of_file(algorithm, file)?, size))
-    };
-    let named: std::io::Result<_> = hash(Algorithm::Sha256).and_then(|(digest, size)| {
+    let named = async {
+        let size = match objects {
+            Objects::Directory(files) => std::fs::metadata(files.path(&key))
+                .map_err(|error| Error::io("look at", &path, error))?
+                .len(),
+            Objects::S3(s3) => s3
+                .size(&key)
+                .await?
+                .ok_or_else(|| Error::damaged(&path, "it went away"))?,
+        };
         if !other.is_empty() {
-            let (long, _) = hash(Algorithm::Sha512)?;
+            let long = objects.digest(&key, size, Algorithm::Sha512).await?;
             if other.contains(&long) {
                 return Ok((long, size));
             }
         }
+        let digest = objects.digest(&key, size, Algorithm::Sha256).await?;
         Ok((digest, size))
-    });
-    match named {
+    };
+    match named.await {
         Ok((digest, size)) => Ok(Object { key, digest, size }),
-        Err(error) => Err(format!(
-            "object `{}` cannot be read: {error}",
-            path.display()
-        )),
+        Err(error) => {
+            let error: Error = error;
+            Err(format!(
+                "object `{}` cannot be read: {}",
+                path.display(),
+                crate::backup::chain(&error)
+            ))
+        }
     }
 }
 
@@ -475,13 +507,13 @@ struct AddObjects {
 }
 
 impl Body for AddObjects {
-    type Output = (u64, u64);
+    type Output = u64;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut Tx) -> Result<(u64, u64), Error> {
+    async fn run(&self, tx: &mut Tx) -> Result<u64, Error> {
         let now = tx.now();
         let until = now.plus(self.lease);
-        let (mut kept, mut twice) = (0, 0);
+        let mut kept = 0;
         for object in self.objects.iter() {
             let id = tx.id();
             let body: Option<&[u8]> = None;
@@ -504,10 +536,9 @@ impl Body for AddObjects {
                 kept += 1;
             } else {
                 collect::discard(tx, object.key.as_str(), until).await?;
-                twice += 1;
             }
         }
-        Ok((kept, twice))
+        Ok(kept)
     }
 }
 
@@ -925,14 +956,6 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or(Err(Error::Stopped))
-}
-
-fn context() -> Context {
-    Context {
-        clock: Arc::new(Clock::default()),
-        signal: Arc::new(watch::channel(0).0),
-        gate: Arc::default(),
-    }
 }
 
 fn remove_database(path: &Path) -> Result<(), Error> {

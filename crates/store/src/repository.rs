@@ -169,17 +169,8 @@ pub(crate) async fn ensure(tx: &mut Tx, name: &RepositoryName) -> Result<Place, 
     if let Some(place) = find(tx, name).await? {
         return Ok(place);
     }
-    let (now, id, namespace_id) = (tx.now(), tx.id(), tx.id());
-    tx.execute(
-        &ADD_NAMESPACE,
-        &[namespace_id.into(), name.namespace().into(), now.into()],
-    )
-    .await?;
-    let namespace = tx
-        .query_opt(&FIND_NAMESPACE, &[name.namespace().into()])
-        .await?
-        .ok_or_else(|| Error::Database("a namespace vanished".to_owned()))?
-        .i64(0)?;
+    let (now, id) = (tx.now(), tx.id());
+    let namespace = ensure_namespace(tx, name.namespace()).await?;
     tx.execute(
         &ADD,
         &[
@@ -193,6 +184,17 @@ pub(crate) async fn ensure(tx: &mut Tx, name: &RepositoryName) -> Result<Place, 
     find(tx, name)
         .await?
         .ok_or_else(|| Error::Database("a repository vanished".to_owned()))
+}
+
+/// Finds a namespace or makes it.
+pub(crate) async fn ensure_namespace(tx: &mut Tx, name: &str) -> Result<i64, Error> {
+    let (now, id) = (tx.now(), tx.id());
+    tx.execute(&ADD_NAMESPACE, &[id.into(), name.into(), now.into()])
+        .await?;
+    tx.query_opt(&FIND_NAMESPACE, &[name.into()])
+        .await?
+        .ok_or_else(|| Error::Database("a namespace vanished".to_owned()))?
+        .i64(0)
 }
 
 /// Repositories that hold something, in bytewise order.
@@ -214,10 +216,6 @@ pub(crate) async fn has_content(db: &Db, name: &RepositoryName) -> Result<bool, 
         .read(&HAS_CONTENT, &[name.as_str().into()])
         .await?
         .is_empty())
-}
-
-pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
-    crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
 }
 
 fn place(row: &Row) -> Result<Place, Error> {

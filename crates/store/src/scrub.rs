@@ -217,7 +217,7 @@ impl Store {
         let left = db.scan(&LEFT, vec![due_before.into()]).await?;
         let (blobs_left, bytes_left) = left
             .first()
-            .map_or(Ok((0, 0)), |row| Ok((row.u64(0)?, row.u64(1)?)))?;
+            .map_or(Ok::<_, Error>((0, 0)), |row| Ok((row.u64(0)?, row.u64(1)?)))?;
         let pass = db.read(&GET, &["scrub.manifests".into()]).await?;
         let pass = match pass.first() {
             Some(row) => Pass::parse(&row.text(0)?),

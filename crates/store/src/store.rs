@@ -1,16 +1,21 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
+use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
-use crate::clock::{Clock, random_name};
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
+use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::export::shelf::Shelf;
@@ -21,10 +26,11 @@ use crate::model::{
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
 use crate::sql::{Context, Db, Row, WriteKind};
-use crate::upload::claim::{Claims, Slot};
-use crate::upload::writer::{MEMORY, Session, UploadWriter};
+use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, export, manifest, meta, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -33,9 +39,17 @@ pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
-    pub(crate) db: Db,
-    pub(crate) objects: FileSystem,
+    pub(crate) db: Arc<Db>,
+    pub(crate) objects: Objects,
     pub(crate) claims: Claims,
+    /// Pulls that are not written yet.
+    pub(crate) pulls: pull::Buffer,
+    /// What was counted last.
+    pub(crate) figures: usage::Figures,
+    /// When pulls are written, totals counted again and old attempts removed.
+    pub(crate) flushing: pull::Schedule,
+    pub(crate) recounting: pull::Schedule,
+    pub(crate) pruning: pull::Schedule,
     pub(crate) options: Options,
     pub(crate) clock: Arc<Clock>,
     pub(crate) collector: collect::Collector,
@@ -52,8 +66,11 @@ pub(crate) struct Inner {
     pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
-    /// Dropped last: the lock goes after everything that it protects.
-    directory: Mutex<Option<Directory>>,
+    upkeep: Rarely,
+    /// Ended with the store.
+    background: Mutex<JoinSet<()>>,
+    /// Dropped last: the locks go after everything that they protect.
+    locks: Mutex<Vec<Directory>>,
 }
 
 impl Inner {
@@ -63,6 +80,11 @@ impl Inner {
 }
 
 impl Store {
+    /// What all clones share, for the other rooms of this crate.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Opens the embedded store in `dir`, making it when the directory is empty or missing. Takes the directory lock.
     ///
     /// # Errors
@@ -77,86 +99,91 @@ impl Store {
     /// # Errors
     /// As [`Store::open`], and [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
     pub async fn open_at(location: &Location, options: Options) -> Result<Self, Error> {
-        let ObjectLocation::Directory(dir) = &location.objects else {
-            return Err(Error::Unavailable {
-                what: "the object store",
-                problem: "it is not supported yet".to_owned(),
-            });
-        };
-        let url = match &location.database {
-            DatabaseLocation::Sqlite(_) => None,
-            DatabaseLocation::Postgres(url) => Some(url.clone()),
-        };
-        Self::start(dir, url, options).await
+        let location = location.clone();
+        Self::start(location.database, location.objects, options).await
     }
 
     /// The same rooms over PostgreSQL with objects in `dir`, for the contract tests of the two engines.
     #[doc(hidden)]
     pub async fn open_on_postgres(dir: &Path, url: &str, options: Options) -> Result<Self, Error> {
-        Self::start(dir, Some(url.to_owned()), options).await
+        let objects = ObjectLocation::Directory(dir.to_owned());
+        Self::start(DatabaseLocation::Postgres(url.to_owned()), objects, options).await
     }
 
-    async fn start(dir: &Path, url: Option<String>, options: Options) -> Result<Self, Error> {
+    async fn start(
+        database: DatabaseLocation,
+        objects: ObjectLocation,
+        options: Options,
+    ) -> Result<Self, Error> {
+        // The disk that matters is that of the objects, or of the database where that is all there is.
+        let gate = match (&objects, &database) {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
+                Gate::of_directory(directory, options.floor)
+            }
+            _ => Gate::default(),
+        };
         let context = Context {
-            clock: Arc::default(),
-            signal: Arc::new(watch::channel(0).0),
-            gate: Arc::new(Gate::of_directory(dir, options.floor)),
+            gate: Arc::new(gate),
+            quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
+            ..Context::new()
         };
-        let root = dir.to_owned();
-        let embedded = url.is_none();
-        let (directory, sqlite) = {
-            let context = context.clone();
-            tokio::task::spawn_blocking(move || {
-                let directory = if embedded {
-                    Directory::open(&root)?
-                } else {
-                    Directory::open_objects(&root)?
-                };
-                // A disk that is full must not keep the database from being opened.
-                context.gate.look();
-                let sqlite = if embedded {
-                    Some(Db::open_sqlite(
-                        &directory::database(&root),
-                        directory.fresh,
-                        context,
-                    )?)
-                } else {
-                    None
-                };
-                Ok::<_, Error>((directory, sqlite))
-            })
-            .await
-            .unwrap_or(Err(Error::Stopped))?
+        let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let (db, mut locks) = open_database(database, &options, context.clone()).await?;
+        let db = Arc::new(db);
+        let (objects, exports, memory) = match objects {
+            ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
+                let files = FileSystem::open(directory::objects(&root));
+                if !locks.iter().any(|held| held.is(&root)) {
+                    locks.push(blocking(move || Directory::open_objects(&root)).await?);
+                }
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
+            }
+            ObjectLocation::S3(location) => {
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
+            }
         };
-        let db = match (sqlite, url) {
-            (Some(db), _) => db,
-            (None, Some(url)) => Db::open_postgres(&url, context.clone()).await?,
-            (None, None) => return Err(Error::Stopped),
-        };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
-        if directory.fresh {
+        for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
+        }
+        let mut background = JoinSet::new();
+        if db.seals_events() {
+            let (sealed, followed) = (Arc::clone(&db), Arc::clone(&db));
+            background.spawn(event::keep_sealed(sealed, context.clone(), epoch.clone()));
+            background.spawn(event::follow(followed, context.clone(), epoch.clone()));
         }
         Ok(Self(Arc::new(Inner {
             db,
-            objects: FileSystem::open(directory::objects(dir)),
-            claims: Claims::default(),
+            objects,
+            claims: Claims::new(shared),
+            pulls: pull::Buffer::default(),
+            figures: usage::Figures::default(),
+            flushing: pull::Schedule::default(),
+            recounting: pull::Schedule::default(),
+            pruning: pull::Schedule::default(),
             options,
             clock: context.clock,
             collector: collect::Collector::default(),
             scrub: crate::scrub::Counters::default(),
             gate: context.gate,
-            memory: Arc::new(Semaphore::new(MEMORY)),
+            memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
-            exports: Shelf::of_directory(dir),
+            exports,
             signal: context.signal,
             epoch,
-            directory: Mutex::new(Some(directory)),
+            upkeep: Rarely::default(),
+            background: Mutex::new(background),
+            locks: Mutex::new(locks),
         })))
     }
 
@@ -168,25 +195,42 @@ impl Store {
         let inner = &self.0;
         inner.tasks.close();
         inner.tasks.wait().await;
+        let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
         inner.backup.close().await;
-        let closed = inner.db.close().await;
-        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
-        let (sealed, closed) = (unless_full(sealed), unless_full(closed));
         inner
-            .directory
+            .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        sealed.and(closed)
+            .abort_all();
+        let closed = inner.db.close().await;
+        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        let (flushed, sealed, closed) = (
+            unless_full(flushed),
+            unless_full(sealed),
+            unless_full(closed),
+        );
+        inner
+            .locks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        flushed.and(sealed).and(closed)
     }
 
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
+    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await
+        meta::ping(&self.0.db).await?;
+        if self.0.db.is_read_only() {
+            return Err(Error::ReadOnly {
+                reason: "the database takes no writes".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -195,24 +239,17 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// What all clones share, for the rooms that add methods to a store.
-    pub(crate) fn inner(&self) -> &Arc<Inner> {
-        &self.0
-    }
-
-    /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
+    /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
+    /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
         tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0));
     }
 
     async fn upkeep(&self) {
-        let mut tick = tokio::time::interval(MAINTENANCE);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // A failure that lasts is told once.
         let mut told = String::new();
         loop {
-            tick.tick().await;
             match self.upkeep_once().await {
                 Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
@@ -224,6 +261,7 @@ impl Store {
                     }
                 }
             }
+            tokio::time::sleep(between_rounds()).await;
         }
     }
 
@@ -247,9 +285,22 @@ impl Store {
             }
         }
         seal(inner).await?;
-        while inner.db.write(usage::Fold).await? {}
-        let retention = inner.options.event_retention;
-        inner.db.write(event::Prune { retention }).await
+        usage::maintain(inner).await?;
+        let now = inner.clock.now();
+        event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
+        if inner.upkeep.due(now) {
+            inner.db.write(meta::ForgetMarks).await?;
+        }
+        Ok(())
+    }
+
+    /// Numbers every event that is committed and seals every audit record, as the background work does.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn seal(&self) -> Result<(), Error> {
+        seal(&self.0).await
     }
 
     /// Starts an upload (end-4a, end-4c). `algorithm` is what `digest-algorithm` asked for.
@@ -271,7 +322,7 @@ impl Store {
                 algorithm,
                 principal: actor.principal.clone(),
                 expiry: self.0.options.upload_expiry,
-                key: None,
+                object: None,
             })
             .await?;
         Ok(name)
@@ -314,8 +365,16 @@ impl Store {
                 }
             }
         };
-        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
-        let session = Session::resume(inner, &slot, repository, open, claim).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
+        let resumed =
+            Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
+        let session = match (resumed, row_claim) {
+            (Err(error), Some(row_claim)) => {
+                row_claim.release().await;
+                return Err(error);
+            }
+            (resumed, _) => resumed?,
+        };
         *slot.session.lock().await = Some(Box::new(session));
         slot.touch();
         Ok(UploadWriter::new(inner, slot))
@@ -334,8 +393,16 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let open = upload::find(&self.0.db, repository, id, self.0.clock.now()).await?;
-        self.0.db.write(upload::Expire { id: open.id }).await
+        let slot = Arc::<Slot>::default();
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
+        let claim = row_claim.map(|claim| claim.token().to_owned());
+        self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Takes claims in the rows of uploads as replicas do, for the contract tests.
+    #[doc(hidden)]
+    pub fn share_claims(&self) {
+        self.0.claims.share();
     }
 
     /// Starts a writer for a single POST (end-4b): small bodies never touch the disk before the one commit.
@@ -489,7 +556,7 @@ impl Store {
     /// Deletes a manifest by digest with its tags (end-9).
     ///
     /// # Errors
-    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it.
+    /// [`Error::ManifestUnknown`]; [`Error::ManifestInUse`] when an index of the repository names it; [`Error::Pinned`].
     pub async fn delete_manifest(
         &self,
         repository: &RepositoryName,
@@ -638,22 +705,12 @@ impl Store {
         meta::token_keys(&self.0.db).await
     }
 
-    /// Totals for `/metrics`.
+    /// Totals, counted now: their cost grows with the content. Whoever asks often takes [`Store::recent_statistics`].
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn statistics(&self) -> Result<Statistics, Error> {
-        let db = &self.0.db;
-        let (blobs, blob_bytes) = blob::totals(db).await?;
-        Ok(Statistics {
-            repositories: repository::count(db).await?,
-            blobs,
-            blob_bytes,
-            manifests: manifest::count(db).await?,
-            tags: tag::count(db).await?,
-            uploads: upload::count(db).await?,
-            pending_deletions: collect::count_deletions(db).await?,
-        })
+        usage::count(&self.0).await
     }
 
     /// Bytes and objects that a namespace (the first path component) uses.
@@ -682,7 +739,17 @@ impl Store {
     /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
     #[doc(hidden)]
     pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        self.0.db.write(VerifyOpen(Arc::clone(&self.0))).await
+        let listed = self.0.objects.list().await?;
+        let (mut report, doubts) = self
+            .0
+            .db
+            .write(VerifyOpen(Arc::clone(&self.0), listed))
+            .await?;
+        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
+        report
+            .problems
+            .extend(kept.into_iter().map(|doubt| doubt.problem));
+        Ok(report)
     }
 }
 
@@ -694,24 +761,59 @@ impl std::fmt::Debug for Store {
     }
 }
 
-struct VerifyOpen(Arc<Inner>);
+struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
 
 impl crate::sql::Body for VerifyOpen {
-    type Output = crate::VerifyReport;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<crate::VerifyReport, Error> {
-        let objects = &self.0.objects;
+    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
+
+    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
+        let files = self.0.objects.files().map(Arc::as_ref);
         let mut report = crate::VerifyReport::default();
         let mut doubts = Vec::new();
-        let listed = objects.list()?;
-        crate::verify::check(tx, objects, listed, &mut report, &mut doubts).await?;
-        crate::verify::settle(tx, doubts, &mut report).await?;
+        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
+        if files.is_some() {
+            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
+        }
         if let Err(problem) = audit::verify(tx).await? {
             report.problems.push(problem);
         }
-        Ok(report)
+        Ok((report, doubts))
     }
+}
+
+/// Opens the database with the lock of its directory, where it has one.
+async fn open_database(
+    location: DatabaseLocation,
+    options: &Options,
+    context: Context,
+) -> Result<(Db, Vec<Directory>), Error> {
+    match location {
+        DatabaseLocation::Sqlite(root) => {
+            blocking(move || {
+                let directory = Directory::open(&root)?;
+                // A disk that is full must not keep the database from being opened.
+                context.gate.look();
+                let path = directory::database(&root);
+                let db = Db::open_sqlite(&path, directory.fresh, context)?;
+                Ok((db, vec![directory]))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            let db = Db::open_postgres(&url, options.database_connections, context).await?;
+            Ok((db, Vec::new()))
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
 }
 
 /// Records what an idle writer wrote and gives its claim back.
@@ -732,9 +834,64 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
+/// Finds an upload and, where other replicas may write it, claims it in its row.
+async fn claim_row(
+    inner: &Arc<Inner>,
+    slot: &Arc<Slot>,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
+    if !inner.claims.shared() {
+        let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
+        return Ok((open, None));
+    }
+    let (token, asked) = (random_name()?, tokio::time::Instant::now());
+    let claimed = inner
+        .db
+        .write(upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: inner.options.claim_idle,
+        })
+        .await?;
+    match claimed {
+        Some(open) => {
+            let claim = RowClaim::new(inner, slot, open.id, token, asked);
+            Ok((open, Some(claim)))
+        }
+        None => {
+            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+            Err(Error::UploadBusy { offset })
+        }
+    }
+}
+
 async fn seal(inner: &Inner) -> Result<(), Error> {
-    while inner.db.write(audit::Seal).await? {}
-    Ok(())
+    event::seal(&inner.db, &inner.epoch).await?;
+    audit::seal(&inner.db).await
+}
+
+/// About a second; replicas that were started together drift apart.
+fn between_rounds() -> Duration {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    MAINTENANCE + Duration::from_millis(u64::from(random[0]))
+}
+
+/// Says now and then that rare work is due.
+#[derive(Default)]
+struct Rarely(AtomicI64);
+
+impl Rarely {
+    fn due(&self, now: Timestamp) -> bool {
+        let last = Timestamp(self.0.load(Ordering::Relaxed));
+        let due = now >= last.plus(RARELY);
+        if due {
+            self.0.store(now.0, Ordering::Relaxed);
+        }
+        due
+    }
 }
 
 /// The one number of a counting statement.
@@ -742,4 +899,5 @@ pub(crate) fn single(rows: &[Row]) -> Result<u64, Error> {
     rows.first().map_or(Ok(0), |row| row.u64(0))
 }
 
-const MAINTENANCE: Duration = Duration::from_secs(1);
+const MAINTENANCE: Duration = Duration::from_millis(900);
+const RARELY: Duration = Duration::from_hours(1);

@@ -219,8 +219,7 @@ impl Restore {
 
     async fn adopt(self, global: &Global) -> anyhow::Result<Exit> {
         let config = Config::load(self.config.as_deref(), None, &[], std::env::vars())?;
-        let location = location(&config);
-        let adopted = store::adopt(&location, config.store, self.force).await?;
+        let adopted = store::adopt(&config.location, config.store, self.force).await?;
         if global.json {
             output::json(&json!({
                 "epoch": adopted.epoch,
@@ -276,7 +275,7 @@ impl Reindex {
                 ));
             }
         };
-        let report = store::reindex_at(&location(&config), &config.store, progress).await?;
+        let report = store::reindex_at(&config.location, &config.store, progress).await?;
         if global.json {
             output::json(&json!({
                 "objects": report.objects,
@@ -302,16 +301,14 @@ impl Reindex {
                 report.problems.len()
             ));
             if let Some(newest) = report.newest {
-                output::line(format!("the newest change that was found is of {}", time(newest)));
+                output::line(format!(
+                    "the newest change that was found is of {}",
+                    time(newest)
+                ));
             }
         }
         Ok(clean(&report.problems))
     }
-}
-
-/// Where the configured store is.
-fn location(config: &Config) -> store::Location {
-    store::Location::embedded(&config.data)
 }
 
 fn clean(problems: &[String]) -> Exit {

@@ -103,6 +103,92 @@ fn periods_and_sizes() {
 }
 
 #[test]
+fn without_settings_the_store_is_embedded() {
+    for text in [
+        "version: 1\n",
+        "version: 1\nstorage: {database: embedded}\n",
+    ] {
+        let config = load(text, &[]).unwrap();
+        assert_eq!(config.location, Location::embedded("/data"));
+    }
+}
+
+#[test]
+fn a_cluster_needs_no_data_directory() {
+    let config = load(
+        "version: 1\nstorage:\n  database: postgres://u:secret@db1,db2/longshore?sslmode=verify-full\n  \
+         database_connections: 8\n  objects: s3://team-registry/prod/\n  \
+         s3: {endpoint: 'https://s3.example.com/', region: eu-1, path_style: true}\n",
+        &[],
+    )
+    .unwrap();
+    assert_eq!(
+        config.location.objects,
+        ObjectLocation::S3(S3Location {
+            bucket: "team-registry".to_owned(),
+            prefix: "prod".to_owned(),
+            endpoint: Some("https://s3.example.com".to_owned()),
+            region: Some("eu-1".to_owned()),
+            path_style: true,
+            credentials: None,
+        })
+    );
+    assert!(matches!(
+        config.location.database,
+        DatabaseLocation::Postgres(_)
+    ));
+    assert_eq!(config.store.database_connections, 8);
+    assert!(!format!("{config:?}").contains("secret"));
+}
+
+#[test]
+fn the_connection_string_comes_from_a_file_or_the_environment() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("database");
+    std::fs::write(&file, "postgres://u:secret@h/d\n").unwrap();
+    let expected = DatabaseLocation::Postgres("postgres://u:secret@h/d".to_owned());
+    let named = format!(
+        "version: 1\nstorage: {{database_file: {}}}\n",
+        file.display()
+    );
+    assert_eq!(load(&named, &[]).unwrap().location.database, expected);
+    let variable = [("LONGSHORE_STORAGE__DATABASE", "postgres://u:secret@h/d")];
+    let config = load("version: 1\n", &variable).unwrap();
+    assert_eq!(config.location.database, expected);
+    let (message, _) = refused(&named, &variable);
+    assert!(message.contains("exclude"), "{message}");
+}
+
+#[test]
+fn a_wrong_location_is_refused_without_its_password() {
+    for (storage, says) in [
+        ("{database: 'mysql://u:secret@h/d'}", "embedded"),
+        (
+            "{database: 'postgres://u:secret@h/d?sslmode=sure'}",
+            "sslmode",
+        ),
+        ("{database: 'postgres://u:secret@h:port/d'}", "port"),
+        ("{database: [secret]}", "string"),
+        ("{database_file: /no/such/secret-less/file}", "cannot read"),
+        ("{database_connections: 1}", "between"),
+        ("{objects: relative/path}", "absolute"),
+        ("{objects: 's3://x'}", "bucket"),
+        (
+            "{objects: 's3://bucket', s3: {endpoint: s3.example.com}}",
+            "URL",
+        ),
+        ("{s3: {region: eu}}", "no bucket"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\nstorage: {storage}\n"), &[]);
+        assert!(message.contains(says), "{storage}: {message}");
+        assert!(
+            !message.contains("secret@") && !message.contains("[secret]"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn a_backup_needs_a_place() {
     assert_eq!(load("version: 1\n", &[]).unwrap().backup, None);
     let config = load(

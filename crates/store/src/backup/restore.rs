@@ -5,17 +5,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use oci::{Digest, Hasher};
 use rusqlite::{Connection, OpenFlags};
-use tokio::sync::watch;
 
 use super::layout::{Layout, Line, SEGMENT_BYTES, Segment};
 use super::wal::{Cursor, HEADER};
 use crate::adopt::{self, Adopt};
 use crate::blob::file_system::{FileSystem, StorageKey, sync_directory};
-use crate::clock::{Clock, Timestamp, random_name};
+use crate::clock::{Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -57,11 +55,7 @@ pub async fn restore(
     let prepared = tokio::task::spawn_blocking(move || prepare(&backup, &target, at))
         .await
         .unwrap_or(Err(Error::Stopped))?;
-    let context = Context {
-        clock: Arc::new(Clock::default()),
-        signal: Arc::new(watch::channel(0).0),
-        gate: Arc::default(),
-    };
+    let context = Context::new();
     let database = prepared.database.clone();
     let db = tokio::task::spawn_blocking(move || Db::open_sqlite(&database, false, context))
         .await

@@ -3,10 +3,12 @@
 //! The row of an object goes after the object has gone durably (`I6`), so a worker that dies leaves work, never a
 //! stray. Deleting the same object twice does no harm: keys are never used again.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::blob::file_system::StorageKey;
+use crate::blob::StorageKey;
+use crate::blob::objects::Removal;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -18,7 +20,9 @@ statements! {
                ON CONFLICT (storage_key) DO NOTHING";
     CLAIM = "WITH due AS (SELECT storage_key FROM deletion WHERE due_at <= $1 ORDER BY due_at LIMIT $2 {skip locked}) \
              UPDATE deletion SET due_at = $3, attempts = attempts + 1 \
-             WHERE storage_key IN (SELECT storage_key FROM due) RETURNING storage_key, attempts";
+             WHERE storage_key IN (SELECT storage_key FROM due) RETURNING storage_key, attempts, multipart";
+    DISCARD_MULTIPART = "INSERT INTO deletion (storage_key, due_at, attempts, multipart) VALUES ($1, $2, 0, $3) \
+                         ON CONFLICT (storage_key) DO NOTHING";
     DELETED = "DELETE FROM deletion WHERE storage_key = $1";
     POSTPONE = "UPDATE deletion SET due_at = $2 WHERE storage_key = $1";
     COUNT = "SELECT COUNT(*) FROM deletion";
@@ -33,6 +37,22 @@ pub(crate) async fn discard(tx: &mut Tx, key: &str, due: Timestamp) -> Result<()
     tx.execute(&DISCARD, &[key.into(), due.into(), None::<i64>.into()])
         .await
         .map(drop)
+}
+
+/// Puts the object of a multipart upload into the outbox. The upload is aborted before: the one of this id, or, where
+/// it is empty, every one of this key.
+pub(crate) async fn discard_multipart(
+    tx: &mut Tx,
+    key: &str,
+    multipart: &str,
+    due: Timestamp,
+) -> Result<(), Error> {
+    tx.execute(
+        &DISCARD_MULTIPART,
+        &[key.into(), due.into(), multipart.into()],
+    )
+    .await
+    .map(drop)
 }
 
 /// Puts the object of a blob into the outbox. It waits until `due`, so that reads which have begun, and an older
@@ -58,12 +78,20 @@ pub(crate) async fn serve(inner: &Arc<Inner>) -> Result<usize, Error> {
     let tried = due.len();
     let mut gone = Vec::new();
     let mut stuck = Vec::new();
-    for (doomed, result) in remove(inner, due).await? {
+    let mut attempts = HashMap::with_capacity(tried);
+    let mut removals = Vec::with_capacity(tried);
+    for doomed in due {
+        attempts.insert(doomed.removal.key.clone(), doomed.attempts);
+        removals.push(doomed.removal);
+    }
+    // The one place where objects are deleted. An object that is not there is deleted.
+    for (key, result) in inner.objects.remove(removals).await {
         match result {
-            Ok(()) => gone.push(doomed),
+            Ok(()) => gone.push(key),
             Err(error) => {
-                tracing::warn!(key = doomed.key.as_str(), %error, "an object cannot be deleted, it is tried again later");
-                stuck.push(doomed);
+                tracing::warn!(key = key.as_str(), %error, "an object cannot be deleted, it is tried again later");
+                let attempts = attempts.get(&key).copied().unwrap_or(1);
+                stuck.push((key, attempts));
             }
         }
     }
@@ -76,27 +104,8 @@ pub(crate) async fn serve(inner: &Arc<Inner>) -> Result<usize, Error> {
 
 /// An object to delete.
 struct Doomed {
-    key: StorageKey,
+    removal: Removal,
     attempts: i64,
-}
-
-/// The one place where objects are deleted. An object that is not there is deleted.
-async fn remove(
-    inner: &Arc<Inner>,
-    due: Vec<Doomed>,
-) -> Result<Vec<(Doomed, Result<(), Error>)>, Error> {
-    let objects = Arc::clone(inner);
-    tokio::task::spawn_blocking(move || {
-        due.into_iter()
-            .map(|doomed| {
-                let result = objects.objects.remove(&doomed.key);
-                failpoint("outbox.after_remove");
-                (doomed, result)
-            })
-            .collect::<Vec<_>>()
-    })
-    .await
-    .map_err(|_| Error::Stopped)
 }
 
 struct Claim;
@@ -114,7 +123,10 @@ impl Body for Claim {
             .iter()
             .map(|row| {
                 Ok(Doomed {
-                    key: StorageKey::parse(&row.text(0)?)?,
+                    removal: Removal {
+                        key: StorageKey::parse(&row.text(0)?)?,
+                        multipart: row.opt_text(2)?,
+                    },
                     attempts: row.i64(1)?,
                 })
             })
@@ -123,8 +135,9 @@ impl Body for Claim {
 }
 
 struct Deleted {
-    gone: Vec<Doomed>,
-    stuck: Vec<Doomed>,
+    gone: Vec<StorageKey>,
+    /// Each with how often it was tried.
+    stuck: Vec<(StorageKey, i64)>,
 }
 
 impl Body for Deleted {
@@ -133,13 +146,13 @@ impl Body for Deleted {
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        for doomed in &self.gone {
-            tx.execute(&DELETED, &[doomed.key.as_str().into()]).await?;
+        for key in &self.gone {
+            tx.execute(&DELETED, &[key.as_str().into()]).await?;
         }
         let now = tx.now();
-        for doomed in &self.stuck {
-            let later = now.plus(backoff(doomed.attempts));
-            tx.execute(&POSTPONE, &[doomed.key.as_str().into(), later.into()])
+        for (key, attempts) in &self.stuck {
+            let later = now.plus(backoff(*attempts));
+            tx.execute(&POSTPONE, &[key.as_str().into(), later.into()])
                 .await?;
         }
         Ok(())

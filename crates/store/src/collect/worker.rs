@@ -243,7 +243,7 @@ async fn look_at_batch(inner: &Arc<Inner>, kind: Kind) -> Result<usize, Error> {
     let now = inner.clock.now();
     inner.collector.last_run.store(now.0, Ordering::Relaxed);
     let worked = began.elapsed();
-    let share = match inner.db {
+    let share = match &*inner.db {
         Db::Sqlite(_) => worked * 2,
         Db::Postgres(_) => worked,
     };

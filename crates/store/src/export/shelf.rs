@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::blob::file_system::sync_directory;
+use crate::blob::s3::S3;
 use crate::error::Error;
 
 /// The name of a part: `<set>-<part>-<random>`.
@@ -36,6 +37,8 @@ impl Name {
 pub(crate) enum Shelf {
     /// Files in this directory.
     Directory(PathBuf),
+    /// Objects of a bucket.
+    S3(S3),
 }
 
 impl Shelf {
@@ -46,8 +49,11 @@ impl Shelf {
 
     /// Writes a part durably.
     pub(crate) async fn put(&self, name: &Name, bytes: Vec<u8>) -> Result<(), Error> {
-        let Self::Directory(root) = self;
-        let (root, name) = (root.clone(), name.text());
+        let root = match self {
+            Self::Directory(root) => root.clone(),
+            Self::S3(s3) => return s3.put_file(&place(name), bytes.into()).await,
+        };
+        let name = name.text();
         blocking(move || {
             if !root.is_dir() {
                 std::fs::create_dir(&root).map_err(|error| Error::io("create", &root, error))?;
@@ -80,8 +86,15 @@ impl Shelf {
 
     /// The parts in order.
     pub(crate) async fn list(&self) -> Result<Vec<Name>, Error> {
-        let Self::Directory(root) = self;
-        let root = root.clone();
+        let root = match self {
+            Self::Directory(root) => root.clone(),
+            Self::S3(s3) => {
+                let found = s3.list_files(EXPORTS).await?;
+                let mut names: Vec<_> = found.iter().filter_map(|name| Name::parse(name)).collect();
+                names.sort();
+                return Ok(names);
+            }
+        };
         blocking(move || {
             let entries = match std::fs::read_dir(&root) {
                 Ok(entries) => entries,
@@ -101,8 +114,10 @@ impl Shelf {
 
     pub(crate) async fn get(&self, name: &Name) -> Result<Vec<u8>, Error> {
         use std::io::Read;
-        let Self::Directory(root) = self;
-        let path = root.join(name.text());
+        let path = match self {
+            Self::Directory(root) => root.join(name.text()),
+            Self::S3(s3) => return Ok(s3.read_file(&place(name)).await?.into()),
+        };
         blocking(move || {
             let mut bytes = Vec::new();
             File::open(&path)
@@ -114,8 +129,10 @@ impl Shelf {
     }
 
     pub(crate) async fn remove(&self, name: &Name) -> Result<(), Error> {
-        let Self::Directory(root) = self;
-        let path = root.join(name.text());
+        let path = match self {
+            Self::Directory(root) => root.join(name.text()),
+            Self::S3(s3) => return s3.remove_file(&place(name)).await,
+        };
         blocking(move || match std::fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(Error::io("remove", &path, error))
@@ -124,6 +141,10 @@ impl Shelf {
         })
         .await
     }
+}
+
+fn place(name: &Name) -> String {
+    format!("{EXPORTS}/{}", name.text())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -85,6 +85,11 @@ impl<T: Into<Self>> From<Option<T>> for Value {
 pub(crate) struct Row(pub(super) Vec<Value>);
 
 impl Row {
+    /// All columns in order.
+    pub(crate) fn into_values(self) -> Vec<Value> {
+        self.0
+    }
+
     pub(crate) fn i64(&self, column: usize) -> Result<i64, Error> {
         match self.value(column)? {
             Value::I64(value) => Ok(*value),

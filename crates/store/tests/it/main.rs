@@ -15,10 +15,12 @@ mod engine;
 mod kill;
 #[cfg(test)]
 mod modes;
+mod object_store;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
 mod reindex;
+mod reports;
 #[cfg(test)]
 mod scrub;
 #[cfg(test)]

@@ -58,8 +58,16 @@ ALTER TABLE referrer ADD COLUMN subject_gone_at BIGINT;
 CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
 CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
 
+-- A set of pins is replaced as a whole; its version changes with it.
+CREATE TABLE pin_holder (
+    holder TEXT PRIMARY KEY NOT NULL,
+    version BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL,
+    updated_by TEXT NOT NULL
+) WITHOUT ROWID;
+
 CREATE TABLE pin (
-    holder TEXT NOT NULL,
+    holder TEXT NOT NULL REFERENCES pin_holder (holder),
     repository_id BIGINT NOT NULL REFERENCES repository (id),
     digest BLOB NOT NULL,
     manifest_id BIGINT NOT NULL REFERENCES manifest (id),
@@ -73,36 +81,56 @@ CREATE INDEX pin_repository ON pin (repository_id);
 CREATE INDEX pin_manifest ON pin (manifest_id);
 CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
 
--- What agents reported, in the order of their ledgers.
+-- What agents reported, in the order of their ledgers. `link` tells how a record follows the one before it here.
 CREATE TABLE attempt (
     id INTEGER PRIMARY KEY NOT NULL,
     holder TEXT NOT NULL,
     target TEXT NOT NULL,
     sequence BIGINT NOT NULL,
     hash BLOB NOT NULL,
+    link TEXT NOT NULL CHECK (link IN ('start', 'next', 'gap', 'fork')),
+    kind TEXT NOT NULL,
+    attempt BIGINT,
     repository TEXT,
     digest BLOB,
     outcome TEXT,
     body TEXT NOT NULL,
     received_by TEXT NOT NULL,
     received_at BIGINT NOT NULL,
-    UNIQUE (holder, target, hash)
+    UNIQUE (holder, target, hash),
+    UNIQUE (holder, target, sequence)
 );
-CREATE INDEX attempt_order ON attempt (holder, target, id);
-CREATE INDEX attempt_digest ON attempt (digest) WHERE digest IS NOT NULL;
+CREATE INDEX attempt_holder ON attempt (holder, id);
+CREATE INDEX attempt_digest ON attempt (digest, id) WHERE digest IS NOT NULL;
+CREATE INDEX attempt_received ON attempt (received_at);
 
 -- Logical bytes per repository, folded as those of namespaces are.
 ALTER TABLE usage_delta ADD COLUMN repository_id BIGINT;
+CREATE INDEX usage_delta_namespace ON usage_delta (namespace_id);
 CREATE TABLE repository_total (
     repository_id INTEGER PRIMARY KEY NOT NULL,
+    namespace_id BIGINT NOT NULL,
     bytes BIGINT NOT NULL,
     objects BIGINT NOT NULL,
     folded_at BIGINT NOT NULL
 );
+CREATE INDEX repository_total_bytes ON repository_total (bytes, repository_id);
+CREATE INDEX repository_total_namespace ON repository_total (namespace_id, bytes, repository_id);
+-- Repositories begin with what their rows say. Deltas of programs of schema 1 have no repository; each makes those of its
+-- namespace be counted again.
+INSERT INTO repository_total (repository_id, namespace_id, bytes, objects, folded_at)
+    SELECT c.repository_id, r.namespace_id, SUM(c.size), COUNT(*), 0 FROM (
+        SELECT m.repository_id, m.size FROM manifest m
+        UNION ALL
+        SELECT rb.repository_id, b.size FROM repository_blob rb JOIN blob b ON b.id = rb.blob_id
+    ) c JOIN repository r ON r.id = c.repository_id GROUP BY c.repository_id, r.namespace_id;
+-- What is counted from time to time is counted in these, not in the tables.
+CREATE INDEX blob_size ON blob (size);
+CREATE INDEX manifest_size ON manifest (size);
 
--- Pulls merged by principal, digest and hour.
+-- Pulls merged by principal, digest and hour. They may outlive their repository.
 CREATE TABLE pull (
-    repository_id BIGINT NOT NULL REFERENCES repository (id),
+    repository_id BIGINT NOT NULL,
     digest BLOB NOT NULL,
     principal TEXT NOT NULL,
     hour BIGINT NOT NULL,
@@ -133,3 +161,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 ) WITHOUT ROWID;
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence. SQLite has no use for it.
+CREATE TABLE commit_mark (
+    session INTEGER PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+);

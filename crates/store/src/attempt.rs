@@ -1,0 +1,375 @@
+//! What agents report of their attempts: the records of their ledgers, kept as they came.
+//!
+//! A record is known by its hash, which covers all before it, so the same record again changes nothing. The order here is
+//! that of the ledger: an agent is told the last record that is known and goes on after it. Where it cannot (its ledger
+//! begins anew, or was damaged), what it sends is kept all the same and its link says how it follows: better a ledger with
+//! a seam than none.
+
+use std::time::Duration;
+
+use oci::{Digest, RepositoryName};
+
+use crate::clock::Timestamp;
+use crate::error::Error;
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
+use crate::store::{Inner, Store};
+
+statements! {
+    HEAD = "SELECT sequence, hash FROM attempt WHERE holder = $1 AND target = $2 ORDER BY sequence DESC LIMIT 1";
+    SEEN = "SELECT sequence FROM attempt WHERE holder = $1 AND target = $2 AND hash = $3";
+    ABOUT = "SELECT repository, digest FROM attempt \
+             WHERE holder = $1 AND target = $2 AND attempt = $3 AND kind = 'attempt' \
+             ORDER BY sequence DESC LIMIT 1";
+    ADD = "INSERT INTO attempt (id, holder, target, sequence, hash, link, kind, attempt, repository, digest, outcome, \
+               body, received_by, received_at) \
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)";
+    CUT = "DELETE FROM attempt WHERE holder = $1 AND target = $2 AND sequence <= $3";
+    LIST = "SELECT id, holder, target, sequence, hash, link, repository, body, received_by, received_at FROM attempt \
+            WHERE id < $1 AND ($2 = '' OR kind = $2) ORDER BY id DESC LIMIT $3";
+    LIST_OF_HOLDER = "SELECT id, holder, target, sequence, hash, link, repository, body, received_by, received_at \
+                      FROM attempt WHERE id < $1 AND ($2 = '' OR kind = $2) AND holder = $4 \
+                      AND ($5 = '' OR target = $5) ORDER BY id DESC LIMIT $3";
+    LIST_OF_DIGEST = "SELECT id, holder, target, sequence, hash, link, repository, body, received_by, received_at \
+                      FROM attempt WHERE id < $1 AND ($2 = '' OR kind = $2) AND digest = $4 \
+                      AND ($5 = '' OR holder = $5) AND ($6 = '' OR target = $6) ORDER BY id DESC LIMIT $3";
+    OLD = "SELECT a.id FROM attempt a WHERE a.received_at < $1 AND a.sequence < (SELECT MAX(l.sequence) FROM attempt l \
+               WHERE l.holder = a.holder AND l.target = a.target) LIMIT 500";
+    PRUNE = "DELETE FROM attempt WHERE id IN (SELECT a.id FROM attempt a WHERE a.received_at < $1 \
+                 AND a.sequence < (SELECT MAX(l.sequence) FROM attempt l \
+                     WHERE l.holder = a.holder AND l.target = a.target) LIMIT 500)";
+}
+
+/// One record of a ledger, taken apart by whoever checked it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttemptRecord {
+    /// The hash of the record before it; zeros before the first.
+    pub previous: [u8; 32],
+    /// Its own.
+    pub hash: [u8; 32],
+    /// What it is: `attempt`, `verdict`, `outcome` …
+    pub kind: String,
+    /// The attempt that it belongs to.
+    pub attempt: Option<u64>,
+    /// The repository that it is about, where the record says so.
+    pub repository: Option<RepositoryName>,
+    /// The release that it is about, where the record says so.
+    pub digest: Option<Digest>,
+    /// How an attempt ended.
+    pub outcome: Option<String>,
+    /// Its canonical bytes, hash included.
+    pub body: String,
+}
+
+/// The last record that is known of a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LedgerHead {
+    /// How many records came, from 1.
+    pub sequence: u64,
+    /// Its hash.
+    pub hash: [u8; 32],
+}
+
+/// What came of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttemptsOutcome {
+    /// Records that were new.
+    pub added: u64,
+    /// Records that were known.
+    pub repeated: u64,
+    /// New records that do not follow the last one that was known.
+    pub seams: u64,
+    /// The last record that is known now.
+    pub head: Option<LedgerHead>,
+}
+
+/// A record that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptAttempt {
+    /// Position for paging.
+    pub cursor: i64,
+    /// Who reported it.
+    pub holder: String,
+    /// The target of that agent.
+    pub target: String,
+    /// Its place among the records of the target, from 1.
+    pub sequence: u64,
+    /// Its hash.
+    pub hash: [u8; 32],
+    /// How it follows the one before it here: `start`, `next`, `gap` (records between are not known), `fork` (it follows an
+    /// older one).
+    pub link: String,
+    /// The repository that it is about.
+    pub repository: Option<RepositoryName>,
+    /// Its canonical bytes, hash included.
+    pub body: String,
+    /// Who sent it.
+    pub received_by: String,
+    /// When it came.
+    pub received_at: Timestamp,
+}
+
+/// Which records are listed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttemptFilter {
+    /// Only those of this holder.
+    pub holder: Option<String>,
+    /// Only those of this target.
+    pub target: Option<String>,
+    /// Only those about this release.
+    pub digest: Option<Digest>,
+    /// Only those of this kind.
+    pub kind: Option<String>,
+}
+
+impl Store {
+    /// Keeps records of a holder's ledger, in order, and tells the last one that is known. Without records it only tells.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    pub async fn add_attempts(
+        &self,
+        holder: &str,
+        target: &str,
+        records: Vec<AttemptRecord>,
+        principal: &str,
+    ) -> Result<AttemptsOutcome, Error> {
+        if records.is_empty() {
+            let rows = self
+                .0
+                .db
+                .read(&HEAD, &[holder.into(), target.into()])
+                .await?;
+            return Ok(AttemptsOutcome {
+                added: 0,
+                repeated: 0,
+                seams: 0,
+                head: rows.first().map(head_of).transpose()?,
+            });
+        }
+        self.0
+            .db
+            .write(Add {
+                holder: holder.to_owned(),
+                target: target.to_owned(),
+                records,
+                principal: principal.to_owned(),
+            })
+            .await
+    }
+
+    /// Records before `cursor`, the newest first.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn attempts(
+        &self,
+        filter: &AttemptFilter,
+        cursor: Option<i64>,
+        limit: usize,
+    ) -> Result<Vec<KeptAttempt>, Error> {
+        let text = |part: &Option<String>| part.clone().unwrap_or_default();
+        let mut values = vec![
+            cursor.unwrap_or(i64::MAX).into(),
+            text(&filter.kind).into(),
+            limit.into(),
+        ];
+        let statement = match (&filter.digest, &filter.holder) {
+            (Some(digest), _) => {
+                values.push(digest.into());
+                values.push(text(&filter.holder).into());
+                values.push(text(&filter.target).into());
+                &LIST_OF_DIGEST
+            }
+            (None, Some(holder)) => {
+                values.push(holder.into());
+                values.push(text(&filter.target).into());
+                &LIST_OF_HOLDER
+            }
+            (None, None) => &LIST,
+        };
+        let rows = self.0.db.scan(statement, values).await?;
+        rows.iter().map(kept).collect()
+    }
+}
+
+fn kept(row: &Row) -> Result<KeptAttempt, Error> {
+    Ok(KeptAttempt {
+        cursor: row.i64(0)?,
+        holder: row.text(1)?,
+        target: row.text(2)?,
+        sequence: row.u64(3)?,
+        hash: hash_of(row, 4)?,
+        link: row.text(5)?,
+        repository: row.opt_text(6)?.and_then(|name| name.parse().ok()),
+        body: row.text(7)?,
+        received_by: row.text(8)?,
+        received_at: row.time(9)?,
+    })
+}
+
+fn head_of(row: &Row) -> Result<LedgerHead, Error> {
+    Ok(LedgerHead {
+        sequence: row.u64(0)?,
+        hash: hash_of(row, 1)?,
+    })
+}
+
+fn hash_of(row: &Row, column: usize) -> Result<[u8; 32], Error> {
+    row.bytes(column)?
+        .try_into()
+        .map_err(|_| Error::Database(format!("column {column} holds no hash")))
+}
+
+struct Add {
+    holder: String,
+    target: String,
+    records: Vec<AttemptRecord>,
+    principal: String,
+}
+
+impl Body for Add {
+    type Output = AttemptsOutcome;
+
+    async fn run(&self, tx: &mut Tx) -> Result<AttemptsOutcome, Error> {
+        let key = [(&self.holder).into(), (&self.target).into()];
+        let mut head = tx
+            .query_opt(&HEAD, &key)
+            .await?
+            .map(|row| head_of(&row))
+            .transpose()?;
+        let mut outcome = AttemptsOutcome {
+            added: 0,
+            repeated: 0,
+            seams: 0,
+            head: None,
+        };
+        let now = tx.now();
+        for record in &self.records {
+            if self.seen(tx, &record.hash).await? {
+                outcome.repeated += 1;
+                continue;
+            }
+            let link = self.link(tx, head, record).await?;
+            outcome.seams += u64::from(matches!(link, "gap" | "fork"));
+            let sequence = head.map_or(0, |head| head.sequence) + 1;
+            let (repository, digest) = self.about(tx, record).await?;
+            let id = tx.id();
+            tx.execute(
+                &ADD,
+                &[
+                    id.into(),
+                    (&self.holder).into(),
+                    (&self.target).into(),
+                    sequence.into(),
+                    record.hash.to_vec().into(),
+                    link.into(),
+                    (&record.kind).into(),
+                    record.attempt.into(),
+                    repository.into(),
+                    digest.as_ref().into(),
+                    record.outcome.as_ref().into(),
+                    (&record.body).into(),
+                    (&self.principal).into(),
+                    now.into(),
+                ],
+            )
+            .await?;
+            head = Some(LedgerHead {
+                sequence,
+                hash: record.hash,
+            });
+            outcome.added += 1;
+        }
+        if let Some(head) = head
+            && outcome.added > 0
+            && let Some(surplus) = head.sequence.checked_sub(MOST)
+        {
+            let [holder, target] = key;
+            tx.execute(&CUT, &[holder, target, surplus.into()]).await?;
+        }
+        outcome.head = head;
+        Ok(outcome)
+    }
+}
+
+impl Add {
+    async fn seen(&self, tx: &mut Tx, hash: &[u8; 32]) -> Result<bool, Error> {
+        let values = [
+            (&self.holder).into(),
+            (&self.target).into(),
+            hash.to_vec().into(),
+        ];
+        Ok(tx.query_opt(&SEEN, &values).await?.is_some())
+    }
+
+    async fn link(
+        &self,
+        tx: &mut Tx,
+        head: Option<LedgerHead>,
+        record: &AttemptRecord,
+    ) -> Result<&'static str, Error> {
+        Ok(match head {
+            Some(head) if head.hash == record.previous => "next",
+            _ if record.previous == [0; 32] => "start",
+            Some(_) if self.seen(tx, &record.previous).await? => "fork",
+            _ => "gap",
+        })
+    }
+
+    /// What a record is about: what it says, else what the beginning of its attempt says.
+    async fn about(
+        &self,
+        tx: &mut Tx,
+        record: &AttemptRecord,
+    ) -> Result<(Option<String>, Option<Digest>), Error> {
+        let mut repository = record.repository.as_ref().map(ToString::to_string);
+        let mut digest = record.digest.clone();
+        if record.kind != "attempt"
+            && let Some(attempt) = record.attempt
+        {
+            let values = [(&self.holder).into(), (&self.target).into(), attempt.into()];
+            if let Some(row) = tx.query_opt(&ABOUT, &values).await? {
+                repository = repository.or(row.opt_text(0)?);
+                digest = digest.or(row.opt_digest(1)?);
+            }
+        }
+        Ok((repository, digest))
+    }
+}
+
+/// Removes what was kept for long enough. The last record of each target stays: the agent goes on after it.
+pub(crate) async fn prune(inner: &Inner) -> Result<(), Error> {
+    let Some(retention) = inner.options.attempt_retention else {
+        return Ok(());
+    };
+    let now = inner.clock.now();
+    if !inner.pruning.is_due(now) {
+        return Ok(());
+    }
+    loop {
+        let before = now.minus(retention);
+        if inner.db.scan(&OLD, vec![before.into()]).await?.is_empty() {
+            inner.pruning.done(now, PRUNE_EVERY);
+            return Ok(());
+        }
+        inner.db.write(Prune { before }).await?;
+    }
+}
+
+struct Prune {
+    before: Timestamp,
+}
+
+impl Body for Prune {
+    type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        tx.execute(&PRUNE, &[self.before.into()]).await.map(drop)
+    }
+}
+
+/// Records of one target that are kept at most; the oldest go first.
+const MOST: u64 = 100_000;
+const PRUNE_EVERY: Duration = Duration::from_mins(10);
