@@ -63,6 +63,7 @@ impl Cli {
             Command::Push(command) => command.run(&global).await,
             Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Reindex(command) => command.run(&global).await,
             Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
@@ -193,6 +194,8 @@ enum Command {
     Backup(backup::Backup),
     /// Restore a data directory from a backup.
     Restore(backup::Restore),
+    /// Make a new database from objects and exports, when the old one is lost.
+    Reindex(backup::Reindex),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

@@ -41,13 +41,37 @@ impl Directory {
         } else if !database(root).is_file() {
             return Err(Error::damaged(
                 &database(root),
-                "it is missing, restore the directory from a backup",
+                "it is missing, restore the directory from a backup, or make it anew with `longshore reindex`",
             ));
         }
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh,
+        })
+    }
+
+    /// Takes the lock of a directory that has objects and has lost its database.
+    pub(crate) fn open_without_database(root: &Path) -> Result<Self, Error> {
+        if !objects(root).is_dir() {
+            return Err(Error::damaged(
+                root,
+                "it holds no objects, so it is not a data directory",
+            ));
+        }
+        read_format(root)?;
+        let lock = take_lock(root)?;
+        let database = database(root);
+        if database.exists() {
+            return Err(Error::damaged(
+                &database,
+                "the database is there; when it cannot be used, move it away with its `-wal` and `-shm` files first",
+            ));
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh: false,
         })
     }
 

@@ -91,6 +91,8 @@ pub(crate) const NAMES: &[&str] = &[
     "backup.after_segment",
     "backup.after_fold",
     "backup.after_unline",
+    "export.after_part",
+    "export.after_set",
     "restore.after_database",
     "restore.after_objects",
     "restore.before_format",

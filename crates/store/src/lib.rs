@@ -25,6 +25,7 @@ mod collect;
 mod directory;
 mod error;
 mod event;
+mod export;
 mod failpoint;
 pub mod import;
 mod lease;
@@ -36,6 +37,7 @@ mod model;
 mod pin;
 mod pull;
 mod referrer;
+mod reindex;
 mod repository;
 mod retention;
 mod scrub;
@@ -68,11 +70,12 @@ pub use model::{
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
+pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
 pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
-pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
-pub use pull::Pulls;
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;

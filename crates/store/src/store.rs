@@ -18,6 +18,7 @@ use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
@@ -28,7 +29,8 @@ use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -60,6 +62,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -127,16 +131,19 @@ impl Store {
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        let (objects, memory) = match objects {
+        let (objects, exports, memory) = match objects {
             ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
                 let files = FileSystem::open(directory::objects(&root));
                 if !locks.iter().any(|held| held.is(&root)) {
                     locks.push(blocking(move || Directory::open_objects(&root)).await?);
                 }
-                (Objects::Directory(Arc::new(files)), MEMORY)
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
             }
             ObjectLocation::S3(location) => {
-                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
             }
         };
         crate::transfer::check_open(&db).await?;
@@ -171,6 +178,7 @@ impl Store {
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
+            exports,
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -230,7 +238,7 @@ impl Store {
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
         tokio::select! {
-            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
             () = self.scrub() => {}
             () = self.retain() => {}
         }

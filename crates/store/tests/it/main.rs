@@ -21,6 +21,8 @@ mod object_store_faults;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod reindex;
+#[cfg(test)]
 mod reports;
 #[cfg(test)]
 mod retention;
