@@ -170,9 +170,8 @@ impl Size {
     fn bytes(self, key: &str) -> anyhow::Result<u64> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
-            Self::Text(text) => parse_size(&text).with_context(|| {
-                format!("`{key}`: `{text}` is no size, write for example `8MiB`")
-            }),
+            Self::Text(text) => parse_size(&text)
+                .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
         }
     }
 }
@@ -378,7 +377,11 @@ impl Raw {
                 .manifest_bytes
                 .map(|size| size.bytes("server.limits.manifest_bytes"))
                 .transpose()?,
-            drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
+            drain: self
+                .server
+                .drain
+                .map(|text| period("server.drain", &text))
+                .transpose()?,
             metric_repositories: self.server.metric_repositories,
             data: data
                 .map(Path::to_path_buf)
