@@ -1,6 +1,8 @@
 //! Metrics in the OpenMetrics text form. No label names a repository or a user: their number is not
 //! bounded.
 
+mod collection;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::error::Refusal;
 use crate::serve::body::Body;
+use collection::Collection;
 
 /// The meters. Cloning shares them.
 #[derive(Clone)]
@@ -35,6 +38,7 @@ struct Meters {
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    collection: Collection,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -115,6 +119,7 @@ impl Metrics {
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
         );
+        let collection = Collection::new(&mut registry);
         Self(Arc::new(Meters {
             registry,
             requests,
@@ -129,6 +134,7 @@ impl Metrics {
             stored_bytes,
             pending_deletions,
             read_only,
+            collection,
         }))
     }
 
@@ -211,6 +217,7 @@ impl Metrics {
                 .get_or_create(&CauseLabel { cause })
                 .set(i64::from(holds));
         }
+        self.0.collection.set(store).await?;
         let mut text = String::new();
         encode(&mut text, &self.0.registry)
             .map_err(|error| Refusal::internal(error.to_string()))?;
