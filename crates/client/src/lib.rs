@@ -29,5 +29,5 @@ mod transport;
 
 pub use error::Error;
 pub use http::Method;
-pub use registry::{FetchedManifest, MAX_MANIFEST, Repository};
+pub use registry::{BlobReader, FetchedManifest, MAX_MANIFEST, Repository};
 pub use transport::{Client, Config, Retries};

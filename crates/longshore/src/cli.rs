@@ -2,12 +2,18 @@
 
 pub(crate) mod agent;
 mod artifact;
+mod backup;
 mod completions;
+mod export;
+mod import;
 mod login;
 mod mode;
+mod pin;
 pub(crate) mod proof;
+mod quota;
 mod release;
 mod server;
+mod storage;
 
 use std::path::PathBuf;
 
@@ -36,23 +42,30 @@ impl Cli {
         match self.command {
             Command::Agent(command) => command.run(&global).await,
             Command::Audit(command) => command.run(&global).await,
+            Command::Backup(command) => command.run(&global).await,
             Command::Completions(command) => Ok(command.run()),
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
             Command::Login(command) => command.run(&global).await,
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
             Command::Mode(command) => command.run(&global).await,
+            Command::Pin(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
+            Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
+            Command::Storage(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
             Command::Up(command) => crate::up::run(command).await,
             Command::Verify(command) => command.run(&global).await,
@@ -149,6 +162,14 @@ enum Command {
     Tag(artifact::Tag),
     /// Delete a tag, or a manifest by digest.
     Rm(artifact::Rm),
+    /// Keep manifests from deletion.
+    #[command(subcommand)]
+    Pin(pin::Pin),
+    /// Show what a registry stores, and for whom.
+    Storage(storage::Storage),
+    /// How much a namespace may store.
+    #[command(subcommand)]
+    Quota(quota::Quota),
     /// Make signing keys.
     #[command(subcommand)]
     Key(proof::Key),
@@ -158,8 +179,16 @@ enum Command {
     Verify(proof::Verify),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
+    /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
+    Import(import::Import),
+    /// Write repositories into a directory of OCI layouts.
+    Export(export::Export),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
+    /// Make one full backup of a data directory, also beside its running server, or look at backups.
+    Backup(backup::Backup),
+    /// Restore a data directory from a backup.
+    Restore(backup::Restore),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

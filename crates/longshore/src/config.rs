@@ -3,6 +3,7 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
 mod gc;
 
 use std::net::SocketAddr;
@@ -35,8 +36,12 @@ pub(crate) struct Config {
     pub(crate) drain: Option<Duration>,
     /// Where metadata and blobs are.
     pub(crate) location: Location,
+    /// How many of the largest repositories `/metrics` names.
+    pub(crate) metric_repositories: Option<usize>,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -136,8 +141,10 @@ struct Raw {
     storage: Storage,
     auth: Auth,
     access: Option<Vec<Rule>>,
+    attempts: Attempts,
     events: Events,
     gc: gc::Gc,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -149,6 +156,7 @@ struct Server {
     tls: Option<Tls>,
     limits: Limits,
     drain: Option<String>,
+    metric_repositories: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -193,6 +201,8 @@ struct Storage {
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
+    quota: Option<Size>,
+    pull_statistics: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -218,6 +228,12 @@ impl std::fmt::Debug for Hidden {
 #[serde(deny_unknown_fields, default)]
 struct Auth {
     htpasswd: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Attempts {
+    retention: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -336,6 +352,22 @@ impl Raw {
             }
             options.database_connections = connections;
         }
+        options.quota = self
+            .storage
+            .quota
+            .as_ref()
+            .map(|size| bytes("storage.quota", size))
+            .transpose()?;
+        match self.storage.pull_statistics.as_deref() {
+            None => {}
+            Some("off") => options.pull_retention = Duration::ZERO,
+            Some(text) => options.pull_retention = period("storage.pull_statistics", text)?,
+        }
+        match self.attempts.retention.as_deref() {
+            None => {}
+            Some("forever") => options.attempt_retention = None,
+            Some(text) => options.attempt_retention = Some(period("attempts.retention", text)?),
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
@@ -401,13 +433,10 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            drain: self
-                .server
-                .drain
-                .map(|text| period("server.drain", &text))
-                .transpose()?,
+            metric_repositories: self.server.metric_repositories,
             location: self.storage.location(data)?,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
@@ -643,7 +672,7 @@ fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
 }
 
 /// `4MiB`, `10 MB`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -654,9 +683,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
         "KB" | "kB" => 1000,
         "MB" => 1_000_000,
         "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
         _ => return None,
     };
     count.checked_mul(unit)
@@ -672,7 +703,9 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
+const SECTIONS: [&str; 9] = [
+    "server", "storage", "auth", "access", "attempts", "events", "gc", "backup", "log",
+];
 
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use registry::Server;
@@ -42,9 +43,18 @@ impl Registry {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
         open_more_files();
-        let store = Store::open_at(&config.location, config.store.clone())
+        let store = open_store(config)
             .await
             .with_context(|| format!("cannot open {}", describe(&config.location)))?;
+        if let Some(backup) = &config.backup {
+            let started = store.start_backup(backup.clone()).await;
+            started.with_context(|| {
+                format!(
+                    "cannot back up into the directory `{}`",
+                    backup.directory.display()
+                )
+            })?;
+        }
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -90,6 +100,27 @@ impl Registry {
         // Why it ended says more than how the end went.
         outcome?;
         closed
+    }
+}
+
+/// Opens the store. A database or object store that is only just starting, or failing over, is waited for: after a
+/// power cut everything starts at once.
+async fn open_store(config: &Config) -> Result<Store, store::Error> {
+    let deadline = tokio::time::Instant::now() + START_PATIENCE;
+    let mut told = false;
+    loop {
+        match Store::open_at(&config.location, config.store.clone()).await {
+            Err(error @ (store::Error::Unavailable { .. } | store::Error::ReadOnly { .. }))
+                if tokio::time::Instant::now() < deadline =>
+            {
+                if !told {
+                    output::note(format!("waiting for it to come back: {error}"));
+                    told = true;
+                }
+                tokio::time::sleep(START_PAUSE).await;
+            }
+            outcome => return outcome,
+        }
     }
 }
 
@@ -188,6 +219,9 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     if let Some(bytes) = config.manifest_bytes {
         settings.limits.manifest_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
+    if let Some(repositories) = config.metric_repositories {
+        settings.metric_repositories = repositories;
+    }
     if let Some(drain) = config.drain {
         settings.drain = drain;
     }
@@ -209,3 +243,7 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     }
     Ok(settings)
 }
+
+/// How long a start waits for a database or an object store that cannot be reached.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+const START_PAUSE: Duration = Duration::from_millis(500);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::auth::glob::{Glob, GlobError};
+use crate::redirect::Redirect;
 
 /// Settings of a [`crate::Server`].
 #[derive(Clone, Debug)]
@@ -28,6 +29,10 @@ pub struct Settings {
     pub drain: Duration,
     /// Write one log line per request.
     pub access_log: bool,
+    /// Pulls that are sent to the object store, where blobs are in one.
+    pub redirect: Option<Redirect>,
+    /// How many of the largest repositories `/metrics` names, at most 1000. Each is a time series of its own.
+    pub metric_repositories: usize,
 }
 
 impl Default for Settings {
@@ -40,6 +45,8 @@ impl Default for Settings {
             access: Access::Open,
             drain: Duration::from_secs(30),
             access_log: true,
+            redirect: None,
+            metric_repositories: 0,
         }
     }
 }

@@ -11,7 +11,7 @@ use oci::{Digest, RepositoryName};
 
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 
 statements! {
@@ -282,8 +282,8 @@ impl Body for Add {
         }
         if let Some(head) = head
             && outcome.added > 0
-            && let Some(surplus) = head.sequence.checked_sub(MOST)
         {
+            let surplus = head.sequence.saturating_sub(MOST);
             let [holder, target] = key;
             tx.execute(&CUT, &[holder, target, surplus.into()]).await?;
         }
@@ -362,6 +362,8 @@ struct Prune {
 
 impl Body for Prune {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&PRUNE, &[self.before.into()]).await.map(drop)

@@ -161,6 +161,9 @@ pub enum Error {
         /// What it said.
         problem: String,
     },
+    /// A store that is being carried from one place to another, or cannot be.
+    #[error("{0}")]
+    Moving(String),
     /// The store has stopped after a failure that it must not go on from.
     #[error("the store has stopped after a failure, restart the server and look at its log")]
     Stopped,

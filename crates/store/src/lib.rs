@@ -15,8 +15,10 @@
 //! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod adopt;
 mod attempt;
 mod audit;
+mod backup;
 mod blob;
 mod clock;
 mod collect;
@@ -24,6 +26,7 @@ mod directory;
 mod error;
 mod event;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;
@@ -38,11 +41,16 @@ mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;
 
+pub use adopt::{Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
+pub use backup::once::{BackupMade, backup};
+pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
+pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{

@@ -161,7 +161,7 @@ pub struct PutOutcome {
     pub subject: Option<Digest>,
     /// The manifest was not there before.
     pub created: bool,
-    /// The event number of the commit (0 when nothing changed).
+    /// The event number of the commit: 0 when nothing changed, and on PostgreSQL, where the sealer gives it later.
     pub event: i64,
 }
 /// A tag's state.

@@ -1,19 +1,21 @@
 //! The open store: one method per thing that can be done with it.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest, RepositoryName, Tag};
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
-use crate::clock::{Clock, random_name};
+use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
@@ -35,7 +37,7 @@ pub struct Store(pub(crate) Arc<Inner>);
 
 /// What all clones and all writers share.
 pub(crate) struct Inner {
-    pub(crate) db: Db,
+    pub(crate) db: Arc<Db>,
     pub(crate) objects: Objects,
     pub(crate) claims: Claims,
     /// Pulls that are not written yet.
@@ -57,13 +59,28 @@ pub(crate) struct Inner {
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
+    upkeep: Rarely,
+    /// Ended with the store.
+    background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
 }
 
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
+}
+
 impl Store {
+    /// What all clones share, for the other rooms of this crate.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
     /// Opens the embedded store in `dir`, making it when the directory is empty or missing. Takes the directory lock.
     ///
     /// # Errors
@@ -103,13 +120,13 @@ impl Store {
             _ => Gate::default(),
         };
         let context = Context {
-            clock: Arc::default(),
-            signal: Arc::new(watch::channel(0).0),
             gate: Arc::new(gate),
             quota: options.quota.and_then(|quota| i64::try_from(quota).ok()),
+            ..Context::new()
         };
         let shared = matches!(database, DatabaseLocation::Postgres(_));
-        let (db, mut locks) = open_database(database, context.clone()).await?;
+        let (db, mut locks) = open_database(database, &options, context.clone()).await?;
+        let db = Arc::new(db);
         let (objects, memory) = match objects {
             ObjectLocation::Directory(root) => {
                 let files = FileSystem::open(directory::objects(&root));
@@ -122,12 +139,19 @@ impl Store {
                 (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
             }
         };
+        crate::transfer::check_open(&db).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
             .send_replace(event::bounds(&db).await?.newest);
         for directory in locks.iter().filter(|directory| directory.fresh) {
             directory.finish()?;
+        }
+        let mut background = JoinSet::new();
+        if db.seals_events() {
+            let (sealed, followed) = (Arc::clone(&db), Arc::clone(&db));
+            background.spawn(event::keep_sealed(sealed, context.clone(), epoch.clone()));
+            background.spawn(event::follow(followed, context.clone(), epoch.clone()));
         }
         Ok(Self(Arc::new(Inner {
             db,
@@ -146,8 +170,11 @@ impl Store {
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
             signal: context.signal,
             epoch,
+            upkeep: Rarely::default(),
+            background: Mutex::new(background),
             locks: Mutex::new(locks),
         })))
     }
@@ -162,6 +189,12 @@ impl Store {
         inner.tasks.wait().await;
         let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
+        inner
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .abort_all();
         let closed = inner.db.close().await;
         // On a full disk the log is folded into the database at the next start; nothing of it is lost.
         let (flushed, sealed, closed) = (
@@ -180,9 +213,16 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
+    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await
+        meta::ping(&self.0.db).await?;
+        if self.0.db.is_read_only() {
+            return Err(Error::ReadOnly {
+                reason: "the database takes no writes".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -191,19 +231,17 @@ impl Store {
         self.0.db.stopped().await;
     }
 
-    /// Runs background work (collection, outbox of deletions, expiry of events, audit sealing) until the future is dropped.
+    /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
+    /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
         tokio::join!(self.upkeep(), collect::work(&self.0));
     }
 
     async fn upkeep(&self) {
-        let mut tick = tokio::time::interval(MAINTENANCE);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // A failure that lasts is told once.
         let mut told = String::new();
         loop {
-            tick.tick().await;
             match self.upkeep_once().await {
                 Ok(()) => told.clear(),
                 Err(Error::Stopped) => return,
@@ -215,6 +253,7 @@ impl Store {
                     }
                 }
             }
+            tokio::time::sleep(between_rounds()).await;
         }
     }
 
@@ -239,8 +278,21 @@ impl Store {
         }
         seal(inner).await?;
         usage::maintain(inner).await?;
-        let retention = inner.options.event_retention;
-        inner.db.write(event::Prune { retention }).await
+        let now = inner.clock.now();
+        event::prune(&inner.db, now.minus(inner.options.event_retention)).await?;
+        if inner.upkeep.due(now) {
+            inner.db.write(meta::ForgetMarks).await?;
+        }
+        Ok(())
+    }
+
+    /// Numbers every event that is committed and seals every audit record, as the background work does.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn seal(&self) -> Result<(), Error> {
+        seal(&self.0).await
     }
 
     /// Starts an upload (end-4a, end-4c). `algorithm` is what `digest-algorithm` asked for.
@@ -305,7 +357,7 @@ impl Store {
                 }
             }
         };
-        let (open, row_claim) = claim_row(inner, repository, id).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
         let resumed =
             Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
         let session = match (resumed, row_claim) {
@@ -333,7 +385,8 @@ impl Store {
             let offset = self.upload_offset(repository, id).await?;
             return Err(Error::UploadBusy { offset });
         };
-        let (open, row_claim) = claim_row(&self.0, repository, id).await?;
+        let slot = Arc::<Slot>::default();
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
         let claim = row_claim.map(|claim| claim.token().to_owned());
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
@@ -725,6 +778,7 @@ impl crate::sql::Body for VerifyOpen {
 /// Opens the database with the lock of its directory, where it has one.
 async fn open_database(
     location: DatabaseLocation,
+    options: &Options,
     context: Context,
 ) -> Result<(Db, Vec<Directory>), Error> {
     match location {
@@ -740,7 +794,8 @@ async fn open_database(
             .await
         }
         DatabaseLocation::Postgres(url) => {
-            Ok((Db::open_postgres(&url, context).await?, Vec::new()))
+            let db = Db::open_postgres(&url, options.database_connections, context).await?;
+            Ok((db, Vec::new()))
         }
     }
 }
@@ -774,6 +829,7 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
 /// Finds an upload and, where other replicas may write it, claims it in its row.
 async fn claim_row(
     inner: &Arc<Inner>,
+    slot: &Arc<Slot>,
     repository: &RepositoryName,
     id: &UploadId,
 ) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
@@ -793,7 +849,7 @@ async fn claim_row(
         .await?;
     match claimed {
         Some(open) => {
-            let claim = RowClaim::new(inner, open.id, token, asked);
+            let claim = RowClaim::new(inner, slot, open.id, token, asked);
             Ok((open, Some(claim)))
         }
         None => {
@@ -804,8 +860,30 @@ async fn claim_row(
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {
-    while inner.db.write(audit::Seal).await? {}
-    Ok(())
+    event::seal(&inner.db, &inner.epoch).await?;
+    audit::seal(&inner.db).await
+}
+
+/// About a second; replicas that were started together drift apart.
+fn between_rounds() -> Duration {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    MAINTENANCE + Duration::from_millis(u64::from(random[0]))
+}
+
+/// Says now and then that rare work is due.
+#[derive(Default)]
+struct Rarely(AtomicI64);
+
+impl Rarely {
+    fn due(&self, now: Timestamp) -> bool {
+        let last = Timestamp(self.0.load(Ordering::Relaxed));
+        let due = now >= last.plus(RARELY);
+        if due {
+            self.0.store(now.0, Ordering::Relaxed);
+        }
+        due
+    }
 }
 
 /// The one number of a counting statement.
@@ -813,4 +891,5 @@ pub(crate) fn single(rows: &[Row]) -> Result<u64, Error> {
     rows.first().map_or(Ok(0), |row| row.u64(0))
 }
 
-const MAINTENANCE: Duration = Duration::from_secs(1);
+const MAINTENANCE: Duration = Duration::from_millis(900);
+const RARELY: Duration = Duration::from_hours(1);

@@ -230,6 +230,11 @@ impl Store {
         }
     }
 
+    /// Bytes that a namespace without a quota of its own may use; `None`: no limit.
+    pub fn default_quota(&self) -> Option<u64> {
+        self.0.options.quota
+    }
+
     /// Sets the quota of a namespace in bytes, which need not have content yet; `None` gives it the default. Content that is
     /// there stays.
     ///
@@ -513,6 +518,8 @@ struct MarkAll;
 impl Body for MarkAll {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&MARK_ALL, &[]).await.map(drop)
     }
@@ -522,6 +529,8 @@ struct Falsify(RepositoryName);
 
 impl Body for Falsify {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(place) = repository::find(tx, &self.0).await? else {
@@ -547,6 +556,8 @@ struct Recount;
 
 impl Body for Recount {
     type Output = bool;
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let Some(row) = tx.query_opt(&MARKED, &[]).await? else {

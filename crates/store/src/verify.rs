@@ -7,16 +7,13 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use oci::{Digest, Manifest};
-use tokio::sync::watch;
 
 use crate::audit;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
-use crate::clock::Clock;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::model::VerifyReport;
@@ -76,7 +73,7 @@ pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
         let listed = objects.list()?;
         let snapshot = || {
             check_present(&dir)?;
-            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), context())
+            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), Context::new())
         };
         let mut tx = snapshot()?;
         let mut report = VerifyReport {
@@ -112,7 +109,7 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
-        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), context())?;
+        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
         sql::poll_once(audit::verify(&mut tx))?
             .map_err(|problem| Error::damaged(&database, problem))
     })
@@ -129,15 +126,6 @@ fn check_present(dir: &Path) -> Result<(), Error> {
             &database,
             "it is missing, restore the directory from a backup",
         ))
-    }
-}
-
-fn context() -> Context {
-    Context {
-        gate: Arc::default(),
-        clock: Arc::new(Clock::default()),
-        signal: Arc::new(watch::channel(0).0),
-        quota: None,
     }
 }
 

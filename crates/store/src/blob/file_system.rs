@@ -193,7 +193,7 @@ impl FileSystem {
     }
 
     /// Makes the directory of a key, durably, once in the life of this process.
-    fn make_parent(&self, key: &StorageKey) -> Result<(), Error> {
+    pub(crate) fn make_parent(&self, key: &StorageKey) -> Result<(), Error> {
         let name = &key.0[..4];
         if self.durable().contains(name) {
             return Ok(());

@@ -271,7 +271,7 @@ async fn look_at_batch(inner: &Arc<Inner>, kind: Kind, pace: Pace) -> Result<usi
         return Ok(found);
     }
     let worked = began.elapsed();
-    let share = match inner.db {
+    let share = match &*inner.db {
         Db::Sqlite(_) => worked * 2,
         Db::Postgres(_) => worked,
     };

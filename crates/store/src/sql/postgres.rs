@@ -1,63 +1,57 @@
 //! The PostgreSQL engine: a bounded pool of sessions, transactions at READ COMMITTED that are repeated
-//! after a conflict.
+//! after a conflict or the loss of their session.
 //!
 //! READ COMMITTED is weaker than SQLite's one writer, so every read that a write depends on takes a row
-//! lock or is backed by a constraint.
+//! lock or is backed by a constraint. A transaction is repeated only when it is known not to have happened; where
+//! the connection died during COMMIT the database is asked first (see [`session`]).
 
+mod fault;
+mod pool;
+mod session;
 mod settings;
+mod tls;
 
-use std::collections::HashMap;
-use std::error::Error as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_postgres::error::SqlState;
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value};
 use crate::error::Error;
+use crate::failpoint::failpoint;
 use crate::mode;
+use fault::{Failure, Fault, unavailable};
+use pool::{Pool, Raw};
+use session::{CONTROL_LIMIT, End, fence, limited};
+
+pub(crate) use session::Session;
 
 pub(crate) struct Postgres {
     pool: Arc<Pool>,
     context: Context,
-}
-
-struct Pool {
-    url: String,
-    idle: Mutex<Vec<Session>>,
-    permits: Arc<Semaphore>,
-}
-
-/// One connection with the statements prepared on it.
-pub(crate) struct Session {
-    client: Client,
-    prepared: HashMap<&'static str, tokio_postgres::Statement>,
-    /// Set by a statement that failed on a conflict with another transaction.
-    conflict: bool,
-    /// Present while somebody uses the session; an idle one is free for others.
-    permit: Option<OwnedSemaphorePermit>,
+    stopped: watch::Sender<bool>,
 }
 
 impl Postgres {
     pub(super) async fn open(
         url: &str,
+        connections: usize,
         migrations: &'static [Migration],
         context: Context,
     ) -> Result<Self, Error> {
-        let pool = Arc::new(Pool {
-            url: url.to_owned(),
-            idle: Mutex::default(),
-            permits: Arc::new(Semaphore::new(MAX_SESSIONS)),
-        });
+        let pool = Arc::new(Pool::new(url, connections, Arc::clone(&context.clock))?);
         let session = pool.take().await?;
         super::migration::migrate_postgres(&session.client, migrations).await?;
         pool.give_back(session);
-        Ok(Self { pool, context })
+        Ok(Self {
+            pool,
+            context,
+            stopped: watch::channel(false).0,
+        })
     }
 
     /// Runs a transaction in a task of its own, so that it ends even when its caller goes away.
@@ -74,31 +68,131 @@ impl Postgres {
         statement: &'static Statement,
         values: &[Value],
     ) -> Result<Vec<Row>, Error> {
-        let mut session = self.pool.take().await?;
-        let rows = session.query(statement, values).await;
-        if rows.is_ok() {
-            self.pool.give_back(session);
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let failure = match self.pool.take().await {
+                Ok(mut session) => match session.query(statement, values).await {
+                    Ok(rows) => {
+                        self.pool.give_back(session);
+                        return Ok(rows);
+                    }
+                    Err(failure) => match session.fault() {
+                        Some(Fault::Lost) => {
+                            self.pool.forget_idle();
+                            failure
+                        }
+                        Some(Fault::Stale) => failure,
+                        _ => return Err(failure),
+                    },
+                },
+                Err(failure @ Error::Unavailable { .. }) => failure,
+                Err(other) => return Err(other),
+            };
+            if attempt >= MAX_READS || !self.pool.may_come_back() {
+                return Err(failure);
+            }
+            pause(attempt).await;
         }
-        rows
+    }
+
+    /// Whether the database is known to take no writes.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.pool.is_read_only()
+    }
+
+    /// A session that hears what is said on a channel. The name is ours and needs no quoting.
+    pub(super) async fn listen(&self, channel: &str) -> Result<Listener, Error> {
+        let raw = self.pool.open().await?;
+        limited(
+            CONTROL_LIMIT,
+            raw.client.batch_execute(&format!("LISTEN {channel}")),
+        )
+        .await
+        .map_err(|failure| failure.error(None))?;
+        Ok(Listener(raw))
+    }
+
+    /// Acknowledges nothing any more.
+    pub(super) fn stop(&self, reason: &str) {
+        tracing::error!(reason, "the store stops");
+        self.pool.close();
+        self.stopped.send_replace(true);
+    }
+
+    pub(super) async fn stopped(&self) {
+        // The sender lives as long as this, so there is no error.
+        let _ = self.stopped.subscribe().wait_for(|stopped| *stopped).await;
+    }
+
+    /// How many other connections use the database.
+    pub(super) async fn others(url: &str) -> Result<u64, Error> {
+        let pool = Pool::new(url, 1, Arc::default())?;
+        let session = pool.take().await?;
+        let counted = session.client.query_one(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() \
+             AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+            &[],
+        );
+        let count: i64 = limited(CONTROL_LIMIT, counted)
+            .await
+            .map_err(|failure| failure.error(None))?
+            .get(0);
+        Ok(count.unsigned_abs())
     }
 
     /// Tells whether the server follows another one and takes no writes.
     pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
+        if self.pool.is_read_only() {
+            return Ok(true);
+        }
         let session = self.pool.take().await?;
-        let answers = session
-            .client
-            .simple_query("SELECT pg_is_in_recovery()")
+        let recovery = session.in_recovery().await;
+        if recovery.is_ok() {
+            self.pool.give_back(session);
+        }
+        recovery
+    }
+
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        let begun = session.client.batch_execute(
+            "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+             BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+        );
+        limited(CONTROL_LIMIT, begun)
             .await
-            .map_err(|error| map(&error))?;
-        self.pool.give_back(session);
-        Ok(answers.iter().any(
-            |answer| matches!(answer, SimpleQueryMessage::Row(row) if row.get(0) == Some("t")),
+            .map_err(|failure| failure.error(None))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
         ))
     }
 
     pub(super) fn close(&self) {
-        self.pool.permits.close();
-        lock(&self.pool.idle).clear();
+        self.pool.close();
+    }
+}
+
+/// Hears notifications until its connection ends.
+pub(crate) struct Listener(Raw);
+
+impl Listener {
+    /// The next payload; `None` after a while without one, when the server still answers.
+    ///
+    /// # Errors
+    /// The connection has ended, or the server takes no writes and so sends none.
+    pub(crate) async fn next(&mut self) -> Result<Option<String>, Error> {
+        match tokio::time::timeout(SILENCE, self.0.notifications.recv()).await {
+            Ok(Some(payload)) => Ok(Some(payload)),
+            Ok(None) => Err(unavailable("the connection that hears of events ended")),
+            Err(_) if !self.0.writable => Err(unavailable("the server takes no writes")),
+            Err(_) => limited(CONTROL_LIMIT, self.0.client.batch_execute(""))
+                .await
+                .map(|()| None)
+                .map_err(|failure| failure.error(None)),
+        }
     }
 }
 
@@ -115,215 +209,156 @@ async fn transact<B: Body>(
     let mut attempt = 0;
     loop {
         attempt += 1;
-        let session = pool.take().await?;
-        context.gate.check(B::KIND)?;
-        let commanded = session.begin(B::KIND).await?;
-        if let Err(refusal) = mode::check_command(B::KIND, commanded.as_deref()) {
-            let _ = session.client.batch_execute("ROLLBACK").await;
-            pool.give_back(session);
-            return Err(refusal);
-        }
-        let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
-        let outcome = body.run(&mut tx).await;
-        let event = tx.event;
-        let Connection::Postgres(mut session) = tx.connection else {
-            return Err(Error::Stopped);
+        let (failure, fault) = match pool.take().await {
+            Ok(session) => match once(pool, context, body, session).await {
+                Ok(output) => return Ok(output),
+                Err(failed) => failed,
+            },
+            Err(failure @ Error::Unavailable { .. }) => (failure, Fault::Lost),
+            Err(other) => return Err(other),
         };
-        let end = if outcome.is_ok() {
-            "COMMIT"
-        } else {
-            "ROLLBACK"
+        let again = match fault {
+            Fault::Conflict | Fault::Stale => attempt < MAX_ATTEMPTS,
+            Fault::Lost | Fault::ReadOnly => pool.may_come_back() && attempt < MAX_WAITS,
+            Fault::Other => false,
         };
-        // A session whose end is unknown is dropped with its connection, never used again.
-        let ended = session.client.batch_execute(end).await;
-        let mut conflict = std::mem::take(&mut session.conflict);
-        let failure = match (outcome, ended) {
-            (Ok(output), Ok(())) => {
-                pool.give_back(*session);
-                context.committed(event);
-                return Ok(output);
-            }
-            (Ok(_), Err(error)) => {
-                conflict = is_conflict(&error);
-                map(&error)
-            }
-            (Err(failure), Ok(())) => {
-                pool.give_back(*session);
-                failure
-            }
-            (Err(failure), Err(_)) => failure,
-        };
-        if !conflict || attempt == MAX_ATTEMPTS {
+        if !again {
             return Err(failure);
         }
-        let mut random = [0; 1];
-        let _ = getrandom::fill(&mut random);
-        let wait = u64::from(random[0]) * attempt;
-        tokio::time::sleep(Duration::from_micros(100 + wait * 20)).await;
+        match fault {
+            Fault::Conflict | Fault::Stale => pause_briefly(attempt).await,
+            _ => pause(attempt).await,
+        }
     }
 }
 
-impl Pool {
-    async fn take(&self) -> Result<Session, Error> {
-        let permit = Arc::clone(&self.permits)
-            .acquire_owned()
-            .await
-            .map_err(|_| Error::Stopped)?;
-        loop {
-            let idle = lock(&self.idle).pop();
-            match idle {
-                Some(mut session) if !session.client.is_closed() => {
-                    session.permit = Some(permit);
-                    return Ok(session);
+/// Runs the body once, to an end that is known.
+async fn once<B: Body>(
+    pool: &Arc<Pool>,
+    context: &Context,
+    body: &B,
+    mut session: Session,
+) -> Result<B::Output, (Error, Fault)> {
+    context
+        .gate
+        .check(B::KIND)
+        .map_err(|refusal| (refusal, Fault::Other))?;
+    match session.begin(B::KIND).await {
+        Ok(commanded) => {
+            if let Err(refusal) = mode::check_command(B::KIND, commanded.as_deref()) {
+                if session.roll_back().await {
+                    pool.give_back(session);
                 }
-                Some(_) => {}
-                None => break,
+                return Err((refusal, Fault::Other));
             }
         }
-        let (client, connection) = tokio_postgres::connect(&self.url, NoTls)
-            .await
-            .map_err(|error| map(&error))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::warn!(%error, "a connection to the database ended");
+        Err(failure) => {
+            let fault = failure.fault();
+            if fault == Fault::Lost {
+                pool.forget_idle();
             }
-        });
-        client
-            .batch_execute(
-                "SET synchronous_commit = on; SET statement_timeout = '30s'; \
-                 SET idle_in_transaction_session_timeout = '30s'",
-            )
-            .await
-            .map_err(|error| map(&error))?;
-        Ok(Session {
-            client,
-            prepared: HashMap::new(),
-            conflict: false,
-            permit: Some(permit),
-        })
-    }
-
-    fn give_back(&self, mut session: Session) {
-        if session.client.is_closed() {
-            return;
+            return Err((failure.error(None), fault));
         }
-        let permit = session.permit.take();
-        lock(&self.idle).push(session);
-        drop(permit);
     }
+    let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
+    let outcome = body.run(&mut tx).await;
+    let (event, unsealed, now) = (tx.event, tx.unsealed, tx.now);
+    let Connection::Postgres(session) = tx.connection else {
+        return Err((Error::Stopped, Fault::Other));
+    };
+    let mut session = *session;
+    let output = match outcome {
+        Ok(output) => output,
+        Err(failure) => {
+            let fault = session.fault().unwrap_or(Fault::Other);
+            // A session that cannot be rolled back is dropped with its connection, never used again.
+            match fault {
+                Fault::Lost => pool.forget_idle(),
+                Fault::ReadOnly if session.writable => pool.note_read_only(),
+                _ if session.roll_back().await => pool.give_back(session),
+                _ => {}
+            }
+            return Err((failure, fault));
+        }
+    };
+    failpoint("sql.before_commit");
+    match session.commit(now).await {
+        End::Committed => pool.give_back(session),
+        End::RolledBack(failure) => {
+            // The server may still hold the transaction open; it ends with the connection.
+            let fault = failure.fault();
+            return Err((failure.error(None), fault));
+        }
+        End::Unknown => {
+            let committed = resolve(pool, context, session).await;
+            if !committed.map_err(|failure| (failure, Fault::Other))? {
+                return Err((
+                    unavailable("the connection was lost before the change was committed"),
+                    Fault::Lost,
+                ));
+            }
+        }
+    }
+    failpoint("sql.after_commit");
+    context.committed(event);
+    if unsealed {
+        context.unsealed.notify_one();
+    }
+    Ok(output)
 }
 
-impl Session {
-    /// Begins a transaction. One of a user holds off the command that makes the store read-only, and reads what was
-    /// commanded before: one round trip for all.
-    async fn begin(&self, kind: WriteKind) -> Result<Option<String>, Error> {
-        let text = match kind {
-            WriteKind::Maintenance => "BEGIN ISOLATION LEVEL READ COMMITTED".to_owned(),
-            WriteKind::User | WriteKind::Delete => format!(
-                "BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
-                mode::CHECK.postgres()
-            ),
-        };
-        let answers = self
-            .client
-            .simple_query(&text)
-            .await
-            .map_err(|error| map(&error))?;
-        // The lock gives a row of its own, which has no such column.
-        Ok(answers.iter().find_map(|answer| match answer {
-            SimpleQueryMessage::Row(row) => row.try_get("value").ok().flatten().map(str::to_owned),
-            _ => None,
-        }))
-    }
-
-    pub(super) async fn exclude_users(&mut self) -> Result<(), Error> {
-        self.client
-            .batch_execute(&format!("SELECT pg_advisory_xact_lock({USERS})"))
-            .await
-            .map_err(|error| map(&error))
-    }
-
-    pub(super) async fn query(
-        &mut self,
-        statement: &'static Statement,
-        values: &[Value],
-    ) -> Result<Vec<Row>, Error> {
-        let prepared = self.prepare(statement).await?;
-        let parameters = parameters(values);
-        let rows = match self.client.query(&prepared, &parameters).await {
-            Ok(rows) => rows,
-            Err(error) => return Err(self.failed(statement, &error)),
-        };
-        statement.mark_postgres();
-        rows.iter().map(|row| convert(statement, row)).collect()
-    }
-
-    pub(super) async fn execute(
-        &mut self,
-        statement: &'static Statement,
-        values: &[Value],
-    ) -> Result<u64, Error> {
-        let prepared = self.prepare(statement).await?;
-        let parameters = parameters(values);
-        match self.client.execute(&prepared, &parameters).await {
-            Ok(changed) => {
-                statement.mark_postgres();
-                Ok(changed)
-            }
-            Err(error) => Err(self.failed(statement, &error)),
+/// Finds out whether the last transaction of a session that was lost is committed.
+async fn resolve(pool: &Arc<Pool>, context: &Context, mut session: Session) -> Result<bool, Error> {
+    let (id, number) = (session.id, session.commits);
+    // Held to the end, so that the bound of sessions holds.
+    let _permit = session.permit.take();
+    drop(session);
+    pool.forget_idle();
+    let deadline = Instant::now() + RESOLVE;
+    let mut attempt = 0;
+    while Instant::now() < deadline {
+        attempt += 1;
+        match pool.open().await {
+            Ok(raw) if raw.writable => match fence(&raw.client, id, context.clock.now()).await {
+                Ok(last) => {
+                    let committed = last == number;
+                    tracing::info!(
+                        committed,
+                        "a connection was lost during a COMMIT, and its outcome was found out"
+                    );
+                    return Ok(committed);
+                }
+                Err(failure) => {
+                    tracing::debug!(?failure, "the outcome of a COMMIT is not known yet");
+                }
+            },
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the outcome of a COMMIT is not known yet"),
         }
+        pause(attempt).await;
     }
-
-    async fn prepare(
-        &mut self,
-        statement: &'static Statement,
-    ) -> Result<tokio_postgres::Statement, Error> {
-        if let Some(prepared) = self.prepared.get(statement.name) {
-            return Ok(prepared.clone());
-        }
-        match self.client.prepare(statement.postgres()).await {
-            Ok(prepared) => {
-                self.prepared.insert(statement.name, prepared.clone());
-                Ok(prepared)
-            }
-            Err(error) => Err(self.failed(statement, &error)),
-        }
-    }
-
-    fn failed(&mut self, statement: &Statement, error: &tokio_postgres::Error) -> Error {
-        self.conflict |= is_conflict(error);
-        match map(error) {
-            Error::Database(text) => Error::Database(format!("`{}`: {text}", statement.name)),
-            other => other,
-        }
-    }
+    Err(unavailable(
+        "the connection was lost while a change was committed; whether it stands can be seen when the database is back",
+    ))
 }
 
-fn parameters(values: &[Value]) -> Vec<&(dyn ToSql + Sync)> {
-    values
-        .iter()
-        .map(|value| value as &(dyn ToSql + Sync))
-        .collect()
+/// After a conflict: the other one is nearly done.
+async fn pause_briefly(attempt: u64) {
+    let wait = u64::from(random()) * attempt;
+    tokio::time::sleep(Duration::from_micros(100 + wait * 20)).await;
 }
 
-fn convert(statement: &Statement, row: &tokio_postgres::Row) -> Result<Row, Error> {
-    let mut cells = Vec::with_capacity(row.len());
-    for (index, column) in row.columns().iter().enumerate() {
-        let cell = match *column.type_() {
-            Type::INT8 => row.try_get::<_, Option<i64>>(index).map(Value::from),
-            Type::TEXT => row.try_get::<_, Option<String>>(index).map(Value::from),
-            Type::BYTEA => row.try_get::<_, Option<Vec<u8>>>(index).map(Value::from),
-            ref other => {
-                return Err(Error::Database(format!(
-                    "`{}` gives column `{}` of type `{other}`",
-                    statement.name,
-                    column.name()
-                )));
-            }
-        };
-        cells.push(cell.map_err(|error| map(&error))?);
-    }
-    Ok(Row(cells))
+/// After a loss: a fail-over takes seconds, and everybody waits for it.
+async fn pause(attempt: u64) {
+    let most = 50 << attempt.min(4);
+    let wait = most / 2 + most * u64::from(random()) / 512;
+    tokio::time::sleep(Duration::from_millis(wait)).await;
+}
+
+fn random() -> u8 {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    random[0]
 }
 
 impl ToSql for Value {
@@ -348,42 +383,16 @@ impl ToSql for Value {
     to_sql_checked!();
 }
 
-/// Failures after which the same transaction may succeed: serialisation, dead lock, and a key that another
-/// one took between our look and our insert.
-fn is_conflict(error: &tokio_postgres::Error) -> bool {
-    error.code().is_some_and(|code| {
-        [
-            SqlState::T_R_SERIALIZATION_FAILURE,
-            SqlState::T_R_DEADLOCK_DETECTED,
-            SqlState::UNIQUE_VIOLATION,
-            SqlState::FOREIGN_KEY_VIOLATION,
-        ]
-        .contains(code)
-    })
+pub(super) fn map(error: tokio_postgres::Error) -> Error {
+    Failure::from(error).error(None)
 }
 
-pub(super) fn map(error: &tokio_postgres::Error) -> Error {
-    if error.code() == Some(&SqlState::DISK_FULL) {
-        return Error::Full;
-    }
-    if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION) {
-        return Error::ReadOnly {
-            reason: mode::RECOVERY.to_owned(),
-        };
-    }
-    // The driver's own text leaves out what the server said.
-    let mut text = error.to_string();
-    if let Some(source) = error.source() {
-        text = format!("{text}: {source}");
-    }
-    Error::Database(text)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The advisory lock that every transaction of a user shares, and that the command to be read-only takes alone.
-const USERS: i64 = 0x6c6f_6e67_7368_6f72;
-const MAX_SESSIONS: usize = 16;
 const MAX_ATTEMPTS: u64 = 10;
+/// Attempts to read while connections are lost.
+const MAX_READS: u64 = 6;
+/// Attempts to write while the database cannot be reached; the pool's patience ends them sooner.
+const MAX_WAITS: u64 = 20;
+/// How long the outcome of a COMMIT is asked for.
+const RESOLVE: Duration = Duration::from_secs(30);
+/// After so long without a notification the listener asks whether the server is still there.
+const SILENCE: Duration = Duration::from_secs(10);

@@ -95,6 +95,7 @@ impl Drop for Claim {
 /// A claim in the row of an upload.
 pub(crate) struct RowClaim {
     inner: Arc<Inner>,
+    slot: Arc<Slot>,
     id: i64,
     token: String,
     /// Until when it lasts, as far as this process knows.
@@ -103,8 +104,15 @@ pub(crate) struct RowClaim {
 
 impl RowClaim {
     /// `asked` is when the claim was asked for: it lasts at least as long from then on.
-    pub(crate) fn new(inner: &Arc<Inner>, id: i64, token: String, asked: Instant) -> Arc<Self> {
+    pub(crate) fn new(
+        inner: &Arc<Inner>,
+        slot: &Arc<Slot>,
+        id: i64,
+        token: String,
+        asked: Instant,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            slot: Arc::clone(slot),
             until: tokio::sync::Mutex::new(asked + inner.options.claim_idle),
             inner: Arc::clone(inner),
             id,
@@ -119,7 +127,7 @@ impl RowClaim {
     /// Sees to it that the claim lasts for this long.
     ///
     /// # Errors
-    /// [`Error::UploadBusy`] when it was lost, with an offset of zero.
+    /// [`Error::UploadBusy`] when it was lost.
     pub(crate) async fn ensure(&self, lasting: Duration) -> Result<(), Error> {
         let mut until = self.until.lock().await;
         let now = Instant::now();
@@ -137,7 +145,8 @@ impl RowClaim {
             })
             .await?;
         if !renewed {
-            return Err(Error::UploadBusy { offset: 0 });
+            let offset = self.slot.recorded();
+            return Err(Error::UploadBusy { offset });
         }
         *until = now + span;
         Ok(())

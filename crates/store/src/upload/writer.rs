@@ -547,6 +547,7 @@ impl Session {
         ];
         let durable = self.make_durable(points).await;
         if let Err(error) = durable {
+            let error = self.lost_to_another(error);
             self.abandon().await;
             return Err(error);
         }
@@ -636,8 +637,9 @@ impl Session {
             // Whether the commit happened may be unknown, so the object is not touched. Expiring is safe: it
             // finds no row when it did.
             self.untouchable = true;
+            let error = self.lost_to_another(error);
             self.abandon().await;
-            return Err(self.lost_to_another(error));
+            return Err(error);
         }
         failpoint("commit.after_transaction");
         Ok(self.received)
@@ -728,7 +730,7 @@ impl Session {
     /// A row of another version belongs to another writer by now, where there can be one.
     fn lost_to_another(&self, error: Error) -> Error {
         match error {
-            Error::UploadUnknown if self.row_claim.is_some() => Error::UploadBusy {
+            Error::UploadUnknown if self.row_claim.is_some() && !self.lost => Error::UploadBusy {
                 offset: self.slot.recorded(),
             },
             other => other,

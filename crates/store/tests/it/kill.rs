@@ -16,7 +16,9 @@ const DIRECTORY: &str = "STORE_KILL_DIRECTORY";
 
 #[tokio::test]
 async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
-    for point in store::failpoints() {
+    // Imports and migrations have kills of their own.
+    let pushes = |point: &&&str| !point.starts_with("import.") && !point.starts_with("migrate.");
+    for point in store::failpoints().iter().filter(pushes) {
         let directory = tempfile::tempdir().unwrap();
         let dir = directory.path().join("data");
         // Made by the parent, so that the points are passed by pushes and not by the first start.

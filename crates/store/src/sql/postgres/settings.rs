@@ -1,6 +1,6 @@
 //! The connection string: what libpq understands, checked, with what the driver does not know taken out.
 //!
-//! The driver knows `sslmode` up to `require` and no `sslrootcert`; both are ours. Nothing here prints the
+//! The driver knows `sslmode` up to `require` and no files; those are ours. Nothing here prints the
 //! string: it may hold a password.
 
 use std::path::PathBuf;
@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
+
+use super::tls::Identity;
 
 /// How the server's certificate is checked, as libpq has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub(super) struct Settings {
     pub(super) hosts: Vec<Config>,
     pub(super) verify: Verify,
     pub(super) roots: Roots,
+    /// The certificate that we show, with its key.
+    pub(super) identity: Option<Identity>,
     /// Whether a server that takes no writes may answer reads while there is no other one.
     pub(super) read_only_too: bool,
 }
@@ -81,6 +85,11 @@ impl Settings {
             hosts: one_host_each(&config)?,
             verify,
             roots,
+            identity: match (own.certificate, own.key) {
+                (Some(certificate), Some(key)) => Some((certificate.into(), key.into())),
+                (None, None) => None,
+                _ => return Err("`sslcert` and `sslkey` belong together".to_owned()),
+            },
             read_only_too: asked == TargetSessionAttrs::Any,
         })
     }
@@ -91,6 +100,8 @@ impl Settings {
 struct Own {
     mode: Option<String>,
     root: Option<String>,
+    certificate: Option<String>,
+    key: Option<String>,
 }
 
 impl Own {
@@ -128,7 +139,7 @@ impl Own {
     }
 }
 
-/// Takes `sslrootcert` and the modes that verify out of the parameters of a URL.
+/// Takes the files of TLS and the modes that verify out of the parameters of a URL.
 fn take_own(text: &str) -> Result<(String, Own), String> {
     let mut own = Own::default();
     let is_url = text.starts_with("postgres://") || text.starts_with("postgresql://");
@@ -140,6 +151,8 @@ fn take_own(text: &str) -> Result<(String, Own), String> {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         match key {
             "sslrootcert" => own.root = Some(decode(value)?),
+            "sslcert" => own.certificate = Some(decode(value)?),
+            "sslkey" => own.key = Some(decode(value)?),
             "sslmode" if !["disable", "prefer", "require"].contains(&value) => {
                 // libpq's `allow` begins without TLS; to begin with it is never worse.
                 if value == "allow" {
@@ -346,6 +359,7 @@ mod tests {
                 "read-write",
             ),
             ("postgres://u:secret@h/d?sslrootcert=%4", "hexadecimal"),
+            ("postgres://u:secret@h/d?sslcert=/x", "sslkey"),
             ("postgres://u:secret@a,b/d?port=1,2,3", "port"),
         ] {
             let problem = Settings::parse(text).unwrap_err();

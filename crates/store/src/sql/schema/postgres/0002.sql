@@ -157,3 +157,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 );
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence.
+CREATE TABLE commit_mark (
+    session BIGINT PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+) WITH (fillfactor = 50);

@@ -161,3 +161,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 ) WITHOUT ROWID;
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence. SQLite has no use for it.
+CREATE TABLE commit_mark (
+    session INTEGER PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+);
