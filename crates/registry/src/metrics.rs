@@ -4,6 +4,8 @@
 //!
 //! What the store holds is as old as `longshore_stored_age_seconds` says: counting it costs at most a hundredth of the time.
 
+mod collection;
+
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,6 +26,7 @@ use crate::auth::Decision;
 use crate::error::Refusal;
 use crate::serve::body::Body;
 use crate::serve::call::Call;
+use collection::Collection;
 
 /// The meters. Cloning shares them.
 #[derive(Clone)]
@@ -45,6 +48,7 @@ struct Meters {
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    collection: Collection,
     backup: BackupMeters,
     logical_bytes: Gauge,
     manifest_bytes: Gauge,
@@ -169,6 +173,7 @@ impl Metrics {
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
         );
+        let collection = Collection::new(&mut registry);
         let backup = BackupMeters::default();
         registry.register_with_unit(
             "backup_last_success_timestamp",
@@ -265,6 +270,7 @@ impl Metrics {
             stored_bytes,
             pending_deletions,
             read_only,
+            collection,
             backup,
             logical_bytes,
             manifest_bytes,
@@ -350,6 +356,7 @@ impl Metrics {
         }
         let default_quota = store.default_quota();
         let mode = store.mode().await?;
+        self.0.collection.set(store).await?;
         let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, count) in [
             ("repositories", totals.repositories),

@@ -58,7 +58,7 @@ pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
-    QueueLength, Reason, Window, WindowError,
+    QueueLag, QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
