@@ -9,6 +9,7 @@ mod model;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -44,6 +45,9 @@ pub(crate) struct Options {
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
+    /// Test this program instead of building it; it must be built with `store/failpoints`.
+    #[arg(long)]
+    program: Option<PathBuf>,
     /// Repeats what the clients choose.
     #[arg(long)]
     seed: Option<u64>,
@@ -64,7 +68,11 @@ const IN_ROW: usize = 10_000;
 
 /// Runs it; `false` when something was wrong, or when a planted bug was not found.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
-    let program = shell::build(options.release, &["store/failpoints"])?;
+    let program = shell::program(
+        options.program.as_deref(),
+        options.release,
+        &["store/failpoints"],
+    )?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     println!("seed {seed}");
     let world = World::start(&program, options.mode, options.store)?;
@@ -433,7 +441,7 @@ fn settle(world: &World, site: &Site, wanted: &Size, lease: Duration) -> anyhow:
         if stored == *wanted {
             return Ok(start.elapsed());
         }
-        if start.elapsed() > lease * 20 + Duration::from_mins(1) {
+        if start.elapsed() > lease * 10 + Duration::from_secs(30) {
             bail!("{wanted} are referenced, {stored} are stored");
         }
         std::thread::sleep(Duration::from_millis(500));

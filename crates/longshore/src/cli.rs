@@ -2,6 +2,7 @@
 
 pub(crate) mod agent;
 mod artifact;
+mod backup;
 mod completions;
 mod export;
 mod import;
@@ -9,6 +10,8 @@ mod login;
 mod mode;
 pub(crate) mod proof;
 mod release;
+mod retention;
+mod scrub;
 mod server;
 
 use std::path::PathBuf;
@@ -38,6 +41,7 @@ impl Cli {
         match self.command {
             Command::Agent(command) => command.run(&global).await,
             Command::Audit(command) => command.run(&global).await,
+            Command::Backup(command) => command.run(&global).await,
             Command::Completions(command) => Ok(command.run()),
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
@@ -54,7 +58,10 @@ impl Cli {
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Restore(command) => command.run(&global).await,
+            Command::Retention(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
+            Command::Scrub(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
@@ -160,6 +167,12 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Decide which tags are kept: plan, run, undo.
+    #[command(subcommand)]
+    Retention(retention::Retention),
+    /// Read everything again and compare it with its digest.
+    #[command(subcommand)]
+    Scrub(scrub::Scrub),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
     /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
@@ -168,6 +181,10 @@ enum Command {
     Export(export::Export),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
+    /// Make one full backup of a data directory, also beside its running server, or look at backups.
+    Backup(backup::Backup),
+    /// Restore a data directory from a backup.
+    Restore(backup::Restore),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

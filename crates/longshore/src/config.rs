@@ -3,7 +3,9 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
 mod gc;
+mod retention;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -37,6 +39,8 @@ pub(crate) struct Config {
     pub(crate) location: Location,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -138,6 +142,9 @@ struct Raw {
     access: Option<Vec<Rule>>,
     events: Events,
     gc: gc::Gc,
+    retention: retention::Retention,
+    scrub: retention::Scrub,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -342,6 +349,8 @@ impl Raw {
             );
         }
         self.gc.apply(&mut options, false)?;
+        self.retention.apply(&mut options)?;
+        self.scrub.apply(&mut options)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -401,9 +410,9 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            drain: self.server.drain.map(|text| period("server.drain", &text)).transpose()?,
             location: self.storage.location(data)?,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
@@ -668,7 +677,18 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
+const SECTIONS: [&str; 10] = [
+    "server",
+    "storage",
+    "auth",
+    "access",
+    "events",
+    "gc",
+    "retention",
+    "scrub",
+    "backup",
+    "log",
+];
 
 #[cfg(test)]
 mod tests;

@@ -57,7 +57,7 @@ pub(crate) fn named(path: &Path) -> anyhow::Result<(Location, Options)> {
 
 /// Where a configuration keeps what it has.
 pub(crate) fn location_of(config: &Config) -> Location {
-    Location::embedded(config.data.clone())
+    config.location.clone()
 }
 
 async fn open(location: &Location, options: Options, command: &str) -> anyhow::Result<Store> {

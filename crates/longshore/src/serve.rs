@@ -46,6 +46,15 @@ impl Registry {
         let store = open_store(config)
             .await
             .with_context(|| format!("cannot open {}", describe(&config.location)))?;
+        if let Some(backup) = &config.backup {
+            let started = store.start_backup(backup.clone()).await;
+            started.with_context(|| {
+                format!(
+                    "cannot back up into the directory `{}`",
+                    backup.directory.display()
+                )
+            })?;
+        }
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,

@@ -37,6 +37,18 @@ struct Meters {
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    scrubbed: Gauge,
+    scrub_found: Gauge,
+    suspect: Gauge,
+    backup: BackupMeters,
+}
+
+/// How the backup goes. Only of a registry that has one.
+#[derive(Default)]
+struct BackupMeters {
+    success: Gauge,
+    lag: Gauge,
+    failures: Gauge,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -124,11 +136,48 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let scrubbed = Gauge::default();
+        registry.register_with_unit(
+            "scrub_read",
+            "Bytes that the scrub of this process has read since it began",
+            Unit::Bytes,
+            scrubbed.clone(),
+        );
+        let scrub_found = Gauge::default();
+        registry.register(
+            "scrub_damaged",
+            "Blobs and manifests that the scrub of this process has found damaged since it began",
+            scrub_found.clone(),
+        );
+        let suspect = Gauge::default();
+        registry.register(
+            "suspect_blobs",
+            "Blobs that are damaged and wait for a push to heal them",
+            suspect.clone(),
+        );
         let read_only = Family::default();
         registry.register(
             "read_only",
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
+        );
+        let backup = BackupMeters::default();
+        registry.register_with_unit(
+            "backup_last_success_timestamp",
+            "When the backup last succeeded; 0 before it did and without a backup",
+            Unit::Seconds,
+            backup.success.clone(),
+        );
+        registry.register_with_unit(
+            "backup_lag",
+            "How long ago the newest restorable moment is",
+            Unit::Seconds,
+            backup.lag.clone(),
+        );
+        registry.register(
+            "backup_failures",
+            "Rounds of the backup that failed since the start",
+            backup.failures.clone(),
         );
         Self(Arc::new(Meters {
             registry,
@@ -146,6 +195,10 @@ impl Metrics {
             stored_bytes,
             pending_deletions,
             read_only,
+            scrubbed,
+            scrub_found,
+            suspect,
+            backup,
         }))
     }
 
@@ -223,6 +276,18 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        if let Some(status) = store.backup_status() {
+            let backup = &self.0.backup;
+            let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
+            backup.success.set(success);
+            let lag = status.lag.map_or(i64::MAX, |lag| lag.as_secs() as i64);
+            backup.lag.set(lag);
+            backup.failures.set(status.failures as i64);
+        }
+        let scrub = store.scrub_counters();
+        self.0.scrubbed.set(scrub.bytes as i64);
+        self.0.scrub_found.set(scrub.damaged as i64);
+        self.0.suspect.set(store.suspect_count().await? as i64);
         let mode = store.mode().await?;
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),

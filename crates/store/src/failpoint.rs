@@ -82,6 +82,18 @@ pub(crate) const NAMES: &[&str] = &[
     "migrate.after_tables",
     "migrate.after_format",
     "migrate.after_moved",
+    "backup.after_object",
+    "backup.after_objects",
+    "backup.before_copy",
+    "backup.after_copy",
+    "backup.after_line",
+    "backup.before_segment",
+    "backup.after_segment",
+    "backup.after_fold",
+    "backup.after_unline",
+    "restore.after_database",
+    "restore.after_objects",
+    "restore.before_format",
 ];
 
 /// Points that are passed only where objects are in an object store.

@@ -15,8 +15,10 @@
 //! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod adopt;
 mod attempt;
 mod audit;
+mod backup;
 mod blob;
 mod clock;
 mod collect;
@@ -45,29 +47,33 @@ mod upload;
 mod usage;
 mod verify;
 
-pub use blob::s3::{RemoteBlob, RemoteStream};
+pub use adopt::{Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
+pub use backup::once::{BackupMade, backup};
+pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
+pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
     WindowError,
 };
 pub use error::Error;
-pub use mode::{Commanded, Mode};
 pub use location::{
     DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
 };
+pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
-pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
-pub use pull::Pulls;
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};

@@ -25,20 +25,23 @@ use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use postgres::{Listener, check as check_postgres};
-pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
+pub(crate) use sqlite::{
+    CHECKPOINT_BYTES, Pause, Sqlite, check as check_sqlite, map as sqlite_error, poll_once,
+    snapshot as sqlite_snapshot,
+};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value, encode_digest};
+pub(crate) use value::{Row, Value, decode_digest, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
-    Sqlite(sqlite::Sqlite),
+    Sqlite(Sqlite),
     Postgres(postgres::Postgres),
 }
 
 impl Db {
     /// Opens or makes the SQLite database at `path` and migrates it.
     pub(crate) fn open_sqlite(path: &Path, make: bool, context: Context) -> Result<Self, Error> {
-        sqlite::Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
+        Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
     }
 
     /// Connects to PostgreSQL with at most so many connections, and migrates the schema.
@@ -50,6 +53,19 @@ impl Db {
         postgres::Postgres::open(url, connections, MIGRATIONS, context)
             .await
             .map(Self::Postgres)
+    }
+
+    /// How many other connections use a PostgreSQL database.
+    pub(crate) async fn others_on_postgres(url: &str) -> Result<u64, Error> {
+        postgres::Postgres::others(url).await
+    }
+
+    /// The engine of the embedded mode, for what only it can do.
+    pub(crate) fn embedded(&self) -> Option<&Sqlite> {
+        match self {
+            Self::Sqlite(sqlite) => Some(sqlite),
+            Self::Postgres(_) => None,
+        }
     }
 
     /// Runs one transaction. The answer comes after its COMMIT; an error of the body rolls it back.

@@ -59,6 +59,7 @@ pub(crate) struct Inner {
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -66,6 +67,12 @@ pub(crate) struct Inner {
     background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
+}
+
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
 }
 
 impl Store {
@@ -106,7 +113,8 @@ impl Store {
     ) -> Result<Self, Error> {
         // The disk that matters is that of the objects, or of the database where that is all there is.
         let gate = match (&objects, &database) {
-            (ObjectLocation::Directory(directory), _) | (_, DatabaseLocation::Sqlite(directory)) => {
+            (ObjectLocation::Directory(directory), _)
+            | (_, DatabaseLocation::Sqlite(directory)) => {
                 Gate::of_directory(directory, options.floor)
             }
             _ => Gate::default(),
@@ -162,6 +170,7 @@ impl Store {
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -180,6 +189,7 @@ impl Store {
         inner.tasks.wait().await;
         let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
         inner
             .background
             .lock()

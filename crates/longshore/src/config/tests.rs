@@ -130,6 +130,7 @@ fn a_cluster_needs_no_data_directory() {
             endpoint: Some("https://s3.example.com".to_owned()),
             region: Some("eu-1".to_owned()),
             path_style: true,
+            credentials: None,
         })
     );
     assert!(matches!(
@@ -184,5 +185,29 @@ fn a_wrong_location_is_refused_without_its_password() {
             !message.contains("secret@") && !message.contains("[secret]"),
             "{message}"
         );
+    }
+}
+
+#[test]
+fn a_backup_needs_a_place() {
+    assert_eq!(load("version: 1\n", &[]).unwrap().backup, None);
+    let config = load(
+        "version: 1\nbackup: {directory: /b, every: 10s, keep: 30d}\n",
+        &[],
+    )
+    .unwrap();
+    let options = config.backup.unwrap();
+    assert_eq!(options.directory, Path::new("/b"));
+    assert_eq!(options.every, Duration::from_secs(10));
+    assert_eq!(options.keep, Duration::from_hours(30 * 24));
+    assert!(!options.link);
+    for (text, wanted) in [
+        ("{every: 10s}", "directory"),
+        ("{directory: b}", "absolute"),
+        ("{directory: /b, every: 0s}", "backup.every"),
+        ("{directory: /b, keep: x}", "backup.keep"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\nbackup: {text}\n"), &[]);
+        assert!(message.contains(wanted), "{message}");
     }
 }

@@ -6,7 +6,11 @@ use serde_json::{Value, json};
 pub(crate) fn document() -> Value {
     let mut document = skeleton();
     if let Some(Value::Object(paths)) = document.get_mut("paths") {
-        for more in [super::mode::paths()] {
+        for more in [
+            super::mode::paths(),
+            super::retention::paths(),
+            super::scrub::paths(),
+        ] {
             if let Value::Object(more) = more {
                 paths.extend(more);
             }

@@ -125,6 +125,22 @@ impl Postgres {
         let _ = self.stopped.subscribe().wait_for(|stopped| *stopped).await;
     }
 
+    /// How many other connections use the database.
+    pub(super) async fn others(url: &str) -> Result<u64, Error> {
+        let pool = Pool::new(url, 1, Arc::default())?;
+        let session = pool.take().await?;
+        let counted = session.client.query_one(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() \
+             AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+            &[],
+        );
+        let count: i64 = limited(CONTROL_LIMIT, counted)
+            .await
+            .map_err(|failure| failure.error(None))?
+            .get(0);
+        Ok(count.unsigned_abs())
+    }
+
     /// Tells whether the server follows another one and takes no writes.
     pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
         if self.pool.is_read_only() {

@@ -99,6 +99,7 @@ pub(crate) use statements;
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
         crate::attempt::STATEMENTS,
+        crate::adopt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
         crate::event::STATEMENTS,

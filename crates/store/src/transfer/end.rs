@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-
 use super::tables::{self, JOURNAL, MOVED, journal};
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
@@ -163,7 +162,9 @@ impl Destination {
                     .await
                     .unwrap_or(Err(Error::Stopped))?
             }
-            DatabaseLocation::Postgres(url) => Db::open_postgres(url, CONNECTIONS, context()).await?,
+            DatabaseLocation::Postgres(url) => {
+                Db::open_postgres(url, CONNECTIONS, context()).await?
+            }
         };
         db.write(Begin {
             epoch: source.epoch.clone(),

@@ -1,6 +1,8 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
 mod collection;
 #[cfg(test)]
 mod contract;
@@ -16,10 +18,10 @@ mod modes;
 mod object_store;
 #[cfg(test)]
 mod postgres;
+mod reports;
 #[cfg(test)]
 mod retention;
 #[cfg(test)]
 mod scrub;
-mod reports;
 #[cfg(test)]
 mod uploads;

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
-use tokio_postgres::{Client, SimpleQueryMessage};
 use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::super::{Row, Statement, Value, WriteKind};
 use super::fault::{Failure, Fault};
