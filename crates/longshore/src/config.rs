@@ -6,6 +6,7 @@
 mod backup;
 mod gc;
 mod redirect;
+mod retention;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -147,6 +148,8 @@ struct Raw {
     attempts: Attempts,
     events: Events,
     gc: gc::Gc,
+    retention: retention::Retention,
+    scrub: retention::Scrub,
     backup: backup::Backup,
     log: Option<Log>,
 }
@@ -381,6 +384,8 @@ impl Raw {
         let s3 = matches!(location.objects, ObjectLocation::S3(_));
         self.gc.apply(&mut options, s3)?;
         let redirect = self.storage.redirect.check(&mut options, s3)?;
+        self.retention.apply(&mut options)?;
+        self.scrub.apply(&mut options)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -711,8 +716,18 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 9] = [
-    "server", "storage", "auth", "access", "attempts", "events", "gc", "backup", "log",
+const SECTIONS: [&str; 11] = [
+    "server",
+    "storage",
+    "auth",
+    "access",
+    "attempts",
+    "events",
+    "gc",
+    "retention",
+    "scrub",
+    "backup",
+    "log",
 ];
 
 #[cfg(test)]
