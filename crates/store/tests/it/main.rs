@@ -13,6 +13,9 @@ mod engine;
 #[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
+#[cfg(feature = "failpoints")]
+#[cfg(test)]
+mod kill_transfer;
 #[cfg(test)]
 mod modes;
 #[cfg(test)]
