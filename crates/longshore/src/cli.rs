@@ -9,9 +9,12 @@ mod import;
 mod login;
 mod migrate;
 mod mode;
+mod pin;
 pub(crate) mod proof;
+mod quota;
 mod release;
 mod server;
+mod storage;
 
 use std::path::PathBuf;
 
@@ -54,14 +57,17 @@ impl Cli {
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
             Command::Mode(command) => command.run(&global).await,
+            Command::Pin(command) => command.run(&global).await,
             Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
+            Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
             Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
+            Command::Storage(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
             Command::Up(command) => crate::up::run(command).await,
             Command::Verify(command) => command.run(&global).await,
@@ -158,6 +164,14 @@ enum Command {
     Tag(artifact::Tag),
     /// Delete a tag, or a manifest by digest.
     Rm(artifact::Rm),
+    /// Keep manifests from deletion.
+    #[command(subcommand)]
+    Pin(pin::Pin),
+    /// Show what a registry stores, and for whom.
+    Storage(storage::Storage),
+    /// How much a namespace may store.
+    #[command(subcommand)]
+    Quota(quota::Quota),
     /// Make signing keys.
     #[command(subcommand)]
     Key(proof::Key),

@@ -57,6 +57,8 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "retention.before_remove",
+    "retention.after_remove",
     "seal.before",
     "seal.after_numbers",
     "seal.after_events",

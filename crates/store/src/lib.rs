@@ -37,6 +37,7 @@ mod pin;
 mod pull;
 mod referrer;
 mod repository;
+mod retention;
 mod scrub;
 mod sql;
 mod store;
@@ -54,8 +55,8 @@ pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backu
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -66,6 +67,9 @@ pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
+};
+pub use retention::{
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;

@@ -119,14 +119,6 @@ impl Db {
         }
     }
 
-    /// Whether the database is known to take no writes, for a reason of its own.
-    pub(crate) fn is_read_only(&self) -> bool {
-        match self {
-            Self::Sqlite(_) => false,
-            Self::Postgres(postgres) => postgres.is_read_only(),
-        }
-    }
-
     /// Hears what other replicas announce on a channel; `None` where there are no others.
     pub(crate) async fn listen(&self, channel: &str) -> Result<Option<Listener>, Error> {
         match self {

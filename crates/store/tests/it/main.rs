@@ -10,7 +10,6 @@ mod contract;
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
 #[cfg(feature = "failpoints")]
@@ -21,11 +20,17 @@ mod modes;
 #[cfg(test)]
 mod object_store;
 #[cfg(test)]
+mod object_store_faults;
+#[cfg(test)]
 mod postgres;
 #[cfg(test)]
 mod reports;
 #[cfg(test)]
+mod retention;
+#[cfg(test)]
 mod scrub;
+#[cfg(test)]
+mod stand_in;
 #[cfg(test)]
 mod transfer;
 #[cfg(test)]
