@@ -12,6 +12,9 @@ mod directory;
 mod engine;
 #[cfg(test)]
 mod kill;
+#[cfg(feature = "failpoints")]
+#[cfg(test)]
+mod kill_transfer;
 #[cfg(test)]
 mod modes;
 #[cfg(test)]
