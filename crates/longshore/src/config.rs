@@ -37,6 +37,8 @@ pub(crate) struct Config {
     pub(crate) drain: Option<Duration>,
     /// Where metadata and blobs are.
     pub(crate) location: Location,
+    /// How many of the largest repositories `/metrics` names.
+    pub(crate) metric_repositories: Option<usize>,
     /// Which pulls are sent to the object store.
     pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
@@ -142,6 +144,7 @@ struct Raw {
     storage: Storage,
     auth: Auth,
     access: Option<Vec<Rule>>,
+    attempts: Attempts,
     events: Events,
     gc: gc::Gc,
     backup: backup::Backup,
@@ -156,6 +159,7 @@ struct Server {
     tls: Option<Tls>,
     limits: Limits,
     drain: Option<String>,
+    metric_repositories: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -201,6 +205,8 @@ struct Storage {
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
+    quota: Option<Size>,
+    pull_statistics: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -226,6 +232,12 @@ impl std::fmt::Debug for Hidden {
 #[serde(deny_unknown_fields, default)]
 struct Auth {
     htpasswd: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Attempts {
+    retention: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -344,6 +356,22 @@ impl Raw {
             }
             options.database_connections = connections;
         }
+        options.quota = self
+            .storage
+            .quota
+            .as_ref()
+            .map(|size| bytes("storage.quota", size))
+            .transpose()?;
+        match self.storage.pull_statistics.as_deref() {
+            None => {}
+            Some("off") => options.pull_retention = Duration::ZERO,
+            Some(text) => options.pull_retention = period("storage.pull_statistics", text)?,
+        }
+        match self.attempts.retention.as_deref() {
+            None => {}
+            Some("forever") => options.attempt_retention = None,
+            Some(text) => options.attempt_retention = Some(period("attempts.retention", text)?),
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
@@ -412,6 +440,7 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
+            metric_repositories: self.server.metric_repositories,
             location,
             redirect,
             store: options,
@@ -651,7 +680,7 @@ fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
 }
 
 /// `4MiB`, `10 MB`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -662,9 +691,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
         "KB" | "kB" => 1000,
         "MB" => 1_000_000,
         "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
         _ => return None,
     };
     count.checked_mul(unit)
@@ -680,8 +711,8 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 8] = [
-    "server", "storage", "auth", "access", "events", "gc", "backup", "log",
+const SECTIONS: [&str; 9] = [
+    "server", "storage", "auth", "access", "attempts", "events", "gc", "backup", "log",
 ];
 
 #[cfg(test)]

@@ -220,6 +220,9 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     if let Some(bytes) = config.manifest_bytes {
         settings.limits.manifest_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
+    if let Some(repositories) = config.metric_repositories {
+        settings.metric_repositories = repositories;
+    }
     if let Some(drain) = config.drain {
         settings.drain = drain;
     }

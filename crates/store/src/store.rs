@@ -213,16 +213,10 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
-    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Unavailable`];
+    /// [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await?;
-        if self.0.db.is_read_only() {
-            return Err(Error::ReadOnly {
-                reason: "the database takes no writes".to_owned(),
-            });
-        }
-        Ok(())
+        meta::ping(&self.0.db).await
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -235,7 +229,11 @@ impl Store {
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0));
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
     }
 
     async fn upkeep(&self) {
@@ -549,8 +547,8 @@ impl Store {
             .0
             .db
             .write(manifest::Put {
+                lease: self.0.untagged(&put.repository),
                 put: Arc::new(put),
-                lease: self.0.options.lease,
                 allow_sparse: self.0.options.allow_sparse,
             })
             .await;
@@ -574,7 +572,7 @@ impl Store {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -597,7 +595,7 @@ impl Store {
                 tag: tag.clone(),
                 expected,
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }

@@ -19,6 +19,8 @@ mod object_store;
 #[cfg(test)]
 mod referrer;
 #[cfg(test)]
+mod reports;
+#[cfg(test)]
 #[path = "../../../store/tests/it/stand_in.rs"]
 #[expect(dead_code, reason = "the store's own tests use all of it")]
 mod stand_in;

@@ -111,6 +111,8 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::pull::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::retention::STATEMENTS,
+        crate::retention::undo::STATEMENTS,
         crate::scrub::STATEMENTS,
         super::STATEMENTS,
         crate::tag::STATEMENTS,

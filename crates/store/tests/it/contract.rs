@@ -52,6 +52,18 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         engine.store.clone().close().await.unwrap();
     }
     for engine in [
+        sqlite(crate::retention::options()).await,
+        postgres(crate::retention::options()).await,
+    ] {
+        let store = &engine.store;
+        crate::retention::what_no_rule_keeps_is_removed_and_can_be_put_back(&engine).await;
+        crate::retention::what_moved_after_the_plan_stays(&engine).await;
+        crate::retention::many_tags_are_walked_in_pages(store).await;
+        crate::retention::runs_come_by_the_clock(store).await;
+        assert_sound(store).await;
+        engine.store.clone().close().await.unwrap();
+    }
+    for engine in [
         sqlite(Options {
             allow_sparse: true,
             ..options()
