@@ -397,6 +397,19 @@ impl Store {
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
 
+    /// Holds memory of uploads until the guard is dropped, so that a test sees what becomes of them without it.
+    #[doc(hidden)]
+    pub async fn hold_memory(&self, bytes: u32) -> impl Drop + use<> {
+        struct Held(Option<tokio::sync::OwnedSemaphorePermit>);
+        impl Drop for Held {
+            fn drop(&mut self) {
+                drop(self.0.take());
+            }
+        }
+        let memory = Arc::clone(&self.0.memory);
+        Held(memory.acquire_many_owned(bytes).await.ok())
+    }
+
     /// Takes claims in the rows of uploads as replicas do, for the contract tests.
     #[doc(hidden)]
     pub fn share_claims(&self) {
