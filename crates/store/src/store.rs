@@ -18,6 +18,7 @@ use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
@@ -28,7 +29,8 @@ use crate::sql::{Context, Db, Row, WriteKind};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -60,6 +62,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -127,16 +131,19 @@ impl Store {
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        let (objects, memory) = match objects {
+        let (objects, exports, memory) = match objects {
             ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
                 let files = FileSystem::open(directory::objects(&root));
                 if !locks.iter().any(|held| held.is(&root)) {
                     locks.push(blocking(move || Directory::open_objects(&root)).await?);
                 }
-                (Objects::Directory(Arc::new(files)), MEMORY)
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
             }
             ObjectLocation::S3(location) => {
-                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
             }
         };
         crate::transfer::check_open(&db).await?;
@@ -171,6 +178,7 @@ impl Store {
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
+            exports,
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -213,16 +221,10 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
-    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Unavailable`];
+    /// [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await?;
-        if self.0.db.is_read_only() {
-            return Err(Error::ReadOnly {
-                reason: "the database takes no writes".to_owned(),
-            });
-        }
-        Ok(())
+        meta::ping(&self.0.db).await
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -235,7 +237,11 @@ impl Store {
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0));
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
     }
 
     async fn upkeep(&self) {
@@ -536,8 +542,8 @@ impl Store {
             .0
             .db
             .write(manifest::Put {
+                lease: self.0.untagged(&put.repository),
                 put: Arc::new(put),
-                lease: self.0.options.lease,
                 allow_sparse: self.0.options.allow_sparse,
             })
             .await;
@@ -561,7 +567,7 @@ impl Store {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -584,7 +590,7 @@ impl Store {
                 tag: tag.clone(),
                 expected,
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -847,16 +853,12 @@ async fn claim_row(
             span: inner.options.claim_idle,
         })
         .await?;
-    match claimed {
-        Some(open) => {
-            let claim = RowClaim::new(inner, slot, open.id, token, asked);
-            Ok((open, Some(claim)))
-        }
-        None => {
-            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-            Err(Error::UploadBusy { offset })
-        }
-    }
+    let Some(open) = claimed else {
+        let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+        return Err(Error::UploadBusy { offset });
+    };
+    let claim = RowClaim::new(inner, slot, open.id, token, asked);
+    Ok((open, Some(claim)))
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {
