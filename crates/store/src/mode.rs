@@ -429,7 +429,7 @@ impl Body for Set {
     }
 }
 
-const RESERVE: &str = "reserve";
+pub(crate) const RESERVE: &str = "reserve";
 const MAX_RESERVE: u64 = 16 << 20;
 const MAX_FLOOR: u64 = 128 << 20;
 /// Files that the file system must be able to make.

@@ -19,6 +19,8 @@ mod object_store;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
+mod recovery;
+#[cfg(test)]
 mod reindex;
 mod reports;
 #[cfg(test)]
