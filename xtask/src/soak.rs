@@ -61,7 +61,11 @@ pub(crate) struct Options {
 
 /// The switches of a build with failpoints: how long a lease is, and the planted bug.
 const LEASE: &str = "LONGSHORE_TEST_LEASE";
-const PLANT: &str = "LONGSHORE_TEST_NO_RENEWAL";
+const BUG: &str = "LONGSHORE_TEST_BUG";
+
+/// What the servers are told besides: what was deleted goes at once, and what refers to nothing goes soon.
+const CONFIG: &str =
+    "version: 1\nlog: {level: warn}\ngc: {keep_deleted: 1s, orphan_referrers: 1s}\n";
 
 /// Bodies up to this length stay in the row of the blob; the soak pushes none that is near it.
 const IN_ROW: usize = 10_000;
@@ -79,10 +83,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let site = world.site()?;
     let mut settings = site
         .options()
-        .config("version: 1\nlog: {level: warn}\n")
+        .config(CONFIG)
         .env(LEASE, &format!("{}ms", options.lease));
     if options.plant {
-        settings = settings.env(PLANT, "1");
+        settings = settings.env(BUG, "no-renewal");
     }
     let servers = site.servers(&settings, options.replicas)?;
     let urls = servers

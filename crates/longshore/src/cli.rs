@@ -7,10 +7,14 @@ mod completions;
 mod export;
 mod import;
 mod login;
+mod migrate;
 mod mode;
+mod pin;
 pub(crate) mod proof;
+mod quota;
 mod release;
 mod server;
+mod storage;
 
 use std::path::PathBuf;
 
@@ -53,14 +57,18 @@ impl Cli {
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
             Command::Mode(command) => command.run(&global).await,
+            Command::Pin(command) => command.run(&global).await,
+            Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
+            Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
             Command::Reindex(command) => command.run(&global).await,
             Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
+            Command::Storage(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
             Command::Up(command) => crate::up::run(command).await,
             Command::Verify(command) => command.run(&global).await,
@@ -157,6 +165,14 @@ enum Command {
     Tag(artifact::Tag),
     /// Delete a tag, or a manifest by digest.
     Rm(artifact::Rm),
+    /// Keep manifests from deletion.
+    #[command(subcommand)]
+    Pin(pin::Pin),
+    /// Show what a registry stores, and for whom.
+    Storage(storage::Storage),
+    /// How much a namespace may store.
+    #[command(subcommand)]
+    Quota(quota::Quota),
     /// Make signing keys.
     #[command(subcommand)]
     Key(proof::Key),
@@ -170,6 +186,8 @@ enum Command {
     Import(import::Import),
     /// Write repositories into a directory of OCI layouts.
     Export(export::Export),
+    /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
+    Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
     /// Make one full backup of a data directory, also beside its running server, or look at backups.

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use crate::blob::file_system::{FileSystem, sync_directory};
 use crate::error::Error;
 use crate::export::shelf::EXPORTS;
-use crate::mode::RESERVE;
 
 /// The format of the directory that this program writes.
 const FORMAT: i64 = 1;
@@ -87,7 +86,7 @@ impl Directory {
                 found: "an embedded store".to_owned(),
             });
         }
-        check_ours(root, &[EXPORTS, RESERVE])?;
+        check_ours(root, &[EXPORTS])?;
         let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
@@ -100,6 +99,11 @@ impl Directory {
     /// Whether this is the directory at `path`.
     pub(crate) fn is(&self, path: &Path) -> bool {
         self.root == path
+    }
+
+    /// Where it is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
@@ -129,6 +133,25 @@ impl Directory {
         };
         write().map_err(|error| Error::io("write", &path, error))?;
         sync_directory(&self.root)
+    }
+}
+
+/// Puts the database of an embedded store aside, durably: it was carried elsewhere, and the objects stay here for the
+/// store that it became. Doing it again changes nothing.
+pub(crate) fn retire(root: &Path) -> Result<(), Error> {
+    let format = root.join(FORMAT_FILE);
+    match std::fs::remove_file(&format) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("remove", &format, error));
+        }
+        _ => sync_directory(root)?,
+    }
+    let path = database(root);
+    match std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}"))) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("rename", &path, error));
+        }
+        _ => sync_directory(root),
     }
 }
 
@@ -203,10 +226,10 @@ fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
         let known = also.contains(&name.as_ref())
-            || [LOCK, OBJECTS, FORMAT_PARTIAL, "lost+found"].contains(&name.as_ref())
+            || [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
-                .is_some_and(|rest| ["", "-wal", "-shm", "-journal"].contains(&rest));
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
         if !known {
             return Err(Error::NotADataDirectory {
                 dir: root.to_owned(),
@@ -243,6 +266,10 @@ fn lock(root: &Path, take: fn(&File) -> Result<(), TryLockError>) -> Result<File
 
 const FORMAT_FILE: &str = "format";
 const FORMAT_PARTIAL: &str = "format.partial";
+/// What is removed first when the disk is full.
+pub(crate) const RESERVE: &str = "reserve";
+/// After the name of a database that was carried elsewhere.
+const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";
 const DATABASE: &str = "meta.db";
 const OBJECTS: &str = "o";

@@ -39,6 +39,7 @@ mod pull;
 mod referrer;
 mod reindex;
 mod repository;
+mod retention;
 mod scrub;
 mod sql;
 mod store;
@@ -56,8 +57,8 @@ pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backu
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -72,6 +73,9 @@ pub use model::{
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;
 pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
+pub use retention::{
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
+};
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;

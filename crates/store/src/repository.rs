@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
@@ -48,6 +48,12 @@ pub(crate) async fn find(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Pl
         .transpose()
 }
 
+/// The row id of a repository, to look at what it holds.
+pub(crate) async fn id(db: &Db, name: &RepositoryName) -> Result<Option<i64>, Error> {
+    let rows = db.read(&FIND, &[name.as_str().into()]).await?;
+    rows.first().map(|row| row.i64(0)).transpose()
+}
+
 /// A repository that is looked up by its row.
 pub(crate) struct Known {
     pub(crate) place: Place,
@@ -80,6 +86,8 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::RepositoryUnknown(self.name.clone());
@@ -153,7 +161,7 @@ impl Store {
             name: name.clone(),
             actor: actor.clone(),
         };
-        self.inner().db.write(deletion).await?;
+        self.0.db.write(deletion).await?;
         self.wake_collector();
         Ok(())
     }

@@ -221,16 +221,10 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
-    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Unavailable`];
+    /// [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await?;
-        if self.0.db.is_read_only() {
-            return Err(Error::ReadOnly {
-                reason: "the database takes no writes".to_owned(),
-            });
-        }
-        Ok(())
+        meta::ping(&self.0.db).await
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -243,7 +237,11 @@ impl Store {
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0));
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
     }
 
     async fn upkeep(&self) {
@@ -544,8 +542,8 @@ impl Store {
             .0
             .db
             .write(manifest::Put {
+                lease: self.0.untagged(&put.repository),
                 put: Arc::new(put),
-                lease: self.0.options.lease,
                 allow_sparse: self.0.options.allow_sparse,
             })
             .await;
@@ -569,7 +567,7 @@ impl Store {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -592,7 +590,7 @@ impl Store {
                 tag: tag.clone(),
                 expected,
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -855,16 +853,12 @@ async fn claim_row(
             span: inner.options.claim_idle,
         })
         .await?;
-    match claimed {
-        Some(open) => {
-            let claim = RowClaim::new(inner, slot, open.id, token, asked);
-            Ok((open, Some(claim)))
-        }
-        None => {
-            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-            Err(Error::UploadBusy { offset })
-        }
-    }
+    let Some(open) = claimed else {
+        let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+        return Err(Error::UploadBusy { offset });
+    };
+    let claim = RowClaim::new(inner, slot, open.id, token, asked);
+    Ok((open, Some(claim)))
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {

@@ -142,6 +142,43 @@ fn a_cluster_needs_no_data_directory() {
 }
 
 #[test]
+fn pulls_are_redirected_by_network() {
+    let s3 = "version: 1\nstorage:\n  database: postgres://u@h/d\n  objects: s3://team-registry\n";
+    assert!(load(s3, &[]).unwrap().redirect.is_none());
+    let text = format!(
+        "{s3}  redirect: {{networks: [10.0.0.0/8, '2001:db8::/32'], ttl: 2h, except: {{strict_audit: ['secret/**']}}}}\n"
+    );
+    let config = load(&text, &[]).unwrap();
+    let redirect = config.redirect.unwrap();
+    assert_eq!(redirect.networks.len(), 2);
+    assert_eq!(redirect.ttl, Duration::from_hours(2));
+    assert_eq!(redirect.except.len(), 1);
+    // A URL that was handed out works to its end.
+    assert!(config.store.gc.read_grace >= redirect.ttl);
+    for (bad, hint) in [
+        (
+            format!("{s3}  redirect: {{networks: [10.0.0.1/8]}}\n"),
+            "networks",
+        ),
+        (
+            format!("{s3}  redirect: {{networks: ['::/0'], ttl: 5d}}\n"),
+            "ttl",
+        ),
+        (
+            format!("{s3}  redirect: {{ttl: 5m}}\n"),
+            "names no `networks`",
+        ),
+        (
+            "version: 1\nstorage: {redirect: {networks: [10.0.0.0/8]}}\n".to_owned(),
+            "object store",
+        ),
+    ] {
+        let error = format!("{:#}", load(&bad, &[]).unwrap_err());
+        assert!(error.contains(hint), "{error}");
+    }
+}
+
+#[test]
 fn the_connection_string_comes_from_a_file_or_the_environment() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("database");

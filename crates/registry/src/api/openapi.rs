@@ -4,18 +4,24 @@ use serde_json::{Value, json};
 
 /// The document, OpenAPI 3.1.
 pub(crate) fn document() -> Value {
-    let mut document = skeleton();
-    if let Some(Value::Object(paths)) = document.get_mut("paths") {
-        for more in [super::mode::paths()] {
-            if let Value::Object(more) = more {
-                paths.extend(more);
+    let mut document = base();
+    let modules = [
+        super::attempts::paths(),
+        super::mode::paths(),
+        super::pins::paths(),
+        super::storage::paths(),
+    ];
+    if let Some(paths) = document["paths"].as_object_mut() {
+        for module in modules {
+            if let Value::Object(module) = module {
+                paths.extend(module);
             }
         }
     }
     document
 }
 
-fn skeleton() -> Value {
+fn base() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {

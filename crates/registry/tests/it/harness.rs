@@ -54,7 +54,7 @@ impl Registry {
         Self::with(|_, _| Access::Open, Options::default(), change).await
     }
 
-    /// Users `alice` (all of `shop/**`, pull of `public/**`), `bob` (pulls `shop/**`), `root` (all),
+    /// Users `alice` (all of `shop/**`, pull of `public/**`), `bob` (pulls `shop/**`), `root` (all, and operates),
     /// `robot` (pushes `shop/**` without reading); everybody pulls `public/**`.
     pub(crate) async fn users(change: impl FnOnce(&mut Settings)) -> Self {
         let access = |dir: &std::path::Path, path: &str| {
@@ -362,7 +362,7 @@ pub(crate) fn rule(
 }
 
 fn rules() -> Vec<Rule> {
-    use Action::{Delete, Pull, Push, TagCreate, TagOverwrite};
+    use Action::{Admin, Delete, Pull, Push, TagCreate, TagOverwrite};
     vec![
         rule(&["anonymous"], &["public/**"], &[], &[Pull]),
         rule(&["alice"], &["shop/**"], &[], &[Pull, Push, TagCreate]),
@@ -378,7 +378,7 @@ fn rules() -> Vec<Rule> {
             &["root"],
             &["**"],
             &[],
-            &[Pull, Push, TagCreate, TagOverwrite, Delete],
+            &[Pull, Push, TagCreate, TagOverwrite, Delete, Admin],
         ),
     ]
 }

@@ -17,6 +17,8 @@ mod manifest;
 #[cfg(test)]
 mod referrer;
 #[cfg(test)]
+mod reports;
+#[cfg(test)]
 mod tag;
 #[cfg(test)]
 mod tls;

@@ -36,7 +36,6 @@ statements! {
                    (SELECT repository_id, name, generation FROM tag_event WHERE repository_id = $1 LIMIT $2)";
     PULLS = "DELETE FROM pull WHERE (repository_id, digest, principal, hour) IN \
                  (SELECT repository_id, digest, principal, hour FROM pull WHERE repository_id = $1 LIMIT $2)";
-    TOTAL = "DELETE FROM repository_total WHERE repository_id = $1";
 }
 
 /// Takes the next part of a deleted repository.
@@ -85,7 +84,6 @@ async fn take_part(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error>
             return again(tx, candidate).await;
         }
     }
-    tx.execute(&TOTAL, &[id.into()]).await?;
     repository::remove(tx, id).await?;
     queue::forget(tx, Kind::Repository, candidate.repository, id).await?;
     Ok(Outcome::Collected(Collected {

@@ -113,6 +113,8 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::referrer::STATEMENTS,
         crate::reindex::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::retention::STATEMENTS,
+        crate::retention::undo::STATEMENTS,
         crate::scrub::STATEMENTS,
         super::STATEMENTS,
         crate::tag::STATEMENTS,

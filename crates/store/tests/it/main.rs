@@ -10,12 +10,14 @@ mod contract;
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
 mod modes;
+#[cfg(test)]
 mod object_store;
+#[cfg(test)]
+mod object_store_faults;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
@@ -24,6 +26,12 @@ mod recovery;
 mod reindex;
 mod reports;
 #[cfg(test)]
+mod retention;
+#[cfg(test)]
 mod scrub;
+#[cfg(test)]
+mod stand_in;
+#[cfg(test)]
+mod transfer;
 #[cfg(test)]
 mod uploads;
