@@ -2,6 +2,9 @@
 
 #[cfg(test)]
 mod backup;
+#[cfg(feature = "failpoints")]
+#[cfg(test)]
+mod backup_kill;
 #[cfg(test)]
 mod collection;
 #[cfg(test)]
