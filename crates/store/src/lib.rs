@@ -49,7 +49,7 @@ mod upload;
 mod usage;
 mod verify;
 
-pub use adopt::{Adopted, adopt};
+pub use adopt::{AdoptOptions, Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use backup::once::{BackupMade, backup};
 pub use backup::restore::{BackupReport, Restored, restore, verify_backup};

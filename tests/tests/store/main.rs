@@ -3,6 +3,8 @@
 //! `verify-store` is clean, and a refusal says what to do.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod limits;

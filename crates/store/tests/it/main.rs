@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod backup;
 #[cfg(test)]
+mod backup_kill;
+#[cfg(test)]
 mod collection;
 #[cfg(test)]
 mod contract;
@@ -12,7 +14,6 @@ mod directory;
 mod engine;
 #[cfg(test)]
 mod kill;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill_transfer;
 #[cfg(test)]
@@ -23,6 +24,8 @@ mod object_store;
 mod object_store_faults;
 #[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod recovery;
 #[cfg(test)]
 mod reindex;
 #[cfg(test)]

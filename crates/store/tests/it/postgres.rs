@@ -12,6 +12,11 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a server, or fails with what to install.
     pub(crate) async fn start() -> Self {
+        Self::start_with(|_| Vec::new()).await
+    }
+
+    /// The same with more settings, which may name files in the server's directory.
+    pub(crate) async fn start_with(settings: impl Fn(&Path) -> Vec<String>) -> Self {
         let programs = programs();
         let directory = tempfile::Builder::new()
             .prefix("store-postgres-")
@@ -33,9 +38,15 @@ impl Server {
             .status()
             .unwrap();
         assert!(made.success(), "`initdb` failed");
-        let child = run(&programs.join("postgres"))
+        let settings = settings(directory.path());
+        Self::launch(directory, &data, &settings).await
+    }
+
+    async fn launch(directory: tempfile::TempDir, data: &Path, settings: &[String]) -> Self {
+        let child = run(&programs().join("postgres"))
             .arg("-D")
-            .arg(&data)
+            .arg(data)
+            .args(settings.iter().flat_map(|setting| ["-c", setting]))
             .args([
                 "-c",
                 "listen_addresses=",
@@ -82,7 +93,48 @@ impl Server {
         self.url(name)
     }
 
-    fn url(&self, database: &str) -> String {
+    /// The directory of the server, which it may write to.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Copies the running server with its own tool into `base` of its directory.
+    pub(crate) fn base_backup(&self) {
+        let done = run(&programs().join("pg_basebackup"))
+            .args([
+                "--username=postgres",
+                "--wal-method=none",
+                "--checkpoint=fast",
+            ])
+            .arg("--host")
+            .arg(self.directory.path())
+            .arg("--pgdata")
+            .arg(self.directory.path().join("base"))
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(done.success(), "`pg_basebackup` failed");
+    }
+
+    /// Stops this server, and starts the copy in `base` with these settings for its recovery.
+    pub(crate) async fn recover(mut self, settings: &[String]) -> Self {
+        self.stop();
+        let directory = std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap());
+        drop(self);
+        let base = directory.path().join("base");
+        std::fs::write(base.join("recovery.signal"), "").unwrap();
+        Self::launch(directory, &base, settings).await
+    }
+
+    fn stop(&mut self) {
+        // SIGINT is the fast shutdown; the children of a killed server would stay.
+        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+        }
+        let _ = self.child.wait();
+    }
+
+    pub(crate) fn url(&self, database: &str) -> String {
         format!(
             "host={} user=postgres dbname={database}",
             self.directory.path().display()
@@ -92,11 +144,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SIGINT is the fast shutdown; the children of a killed server would stay.
-        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
-        }
-        let _ = self.child.wait();
+        self.stop();
     }
 }
 
@@ -132,7 +180,7 @@ fn run(program: &Path) -> Command {
     }
 }
 
-fn set_mode(path: &Path, mode: u32) {
+pub(crate) fn set_mode(path: &Path, mode: u32) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
