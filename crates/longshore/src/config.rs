@@ -68,23 +68,9 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let environment: Vec<(String, String)> = environment.into_iter().collect();
-        let raw = raw.overlay(environment.iter().cloned())?;
-        #[cfg_attr(
-            not(feature = "failpoints"),
-            expect(unused_mut, reason = "only a test build changes it")
-        )]
-        let mut config = raw
-            .check(data, listen)
-            .map_err(|error| config_error(file, error))?;
-        #[cfg(feature = "failpoints")]
-        {
-            let lease = environment
-                .iter()
-                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
-            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
-        }
-        Ok(config)
+        let raw = raw.overlay(environment)?;
+        raw.check(data, listen)
+            .map_err(|error| config_error(file, error))
     }
 }
 
@@ -373,7 +359,10 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
-        self.gc.apply(&mut options, false)?;
+        let s3 = self.storage.objects.as_deref();
+        self.gc
+            .apply(&mut options, s3.is_some_and(|text| text.starts_with("s3:")))?;
+        options.test_switches();
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(

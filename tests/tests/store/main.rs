@@ -3,6 +3,8 @@
 //! `verify-store` is clean, and a refusal says what to do.
 
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod limits;
