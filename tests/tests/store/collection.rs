@@ -25,7 +25,7 @@ fn objects(server: &Server) -> u64 {
                 .sum()
         })
     }
-    count(server.data()().join("o"))
+    count(&server.data().join("o"))
 }
 
 fn longshore(words: &[&str]) -> Run {
