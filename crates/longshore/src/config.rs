@@ -72,23 +72,9 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let environment: Vec<(String, String)> = environment.into_iter().collect();
-        let raw = raw.overlay(environment.iter().cloned())?;
-        #[cfg_attr(
-            not(feature = "failpoints"),
-            expect(unused_mut, reason = "only a test build changes it")
-        )]
-        let mut config = raw
-            .check(data, listen)
-            .map_err(|error| config_error(file, error))?;
-        #[cfg(feature = "failpoints")]
-        {
-            let lease = environment
-                .iter()
-                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
-            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
-        }
-        Ok(config)
+        let raw = raw.overlay(environment)?;
+        raw.check(data, listen)
+            .map_err(|error| config_error(file, error))
     }
 }
 
@@ -386,6 +372,7 @@ impl Raw {
         let redirect = self.storage.redirect.check(&mut options, s3)?;
         self.retention.apply(&mut options)?;
         self.scrub.apply(&mut options)?;
+        options.test_switches();
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(

@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod backup;
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod limits;
