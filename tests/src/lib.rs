@@ -20,17 +20,26 @@
 )]
 
 pub mod agent;
+pub mod cluster;
 pub mod command;
 pub mod engine;
+pub mod fault;
 pub mod http;
 pub mod image;
+pub mod objects;
+pub mod postgres;
 pub mod proxy;
 pub mod scratch;
 pub mod server;
+pub mod sigv4;
 pub mod tools;
+pub mod wire;
 
 pub use agent::Agent;
+pub use cluster::Cluster;
 pub use command::Run;
+pub use objects::ObjectStore;
+pub use postgres::Postgres;
 pub use proxy::Proxy;
 pub use scratch::Scratch;
 pub use server::Server;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
+use crate::cluster::Storage;
 use crate::{Run, Scratch, http, tools};
 
 /// How long a start or a stop may take; a start that needs a second is a defect of its own, but
@@ -28,6 +29,8 @@ pub struct Options {
     pub wrapper: Vec<String>,
     /// A fixed port; 0 takes a free one.
     pub port: u16,
+    /// Where a replica keeps what it has; `None` is the data directory, or what the suite's run mode says.
+    pub storage: Option<Storage>,
 }
 
 impl Options {
@@ -40,6 +43,7 @@ impl Options {
             env: Vec::new(),
             wrapper: Vec::new(),
             port: 0,
+            storage: None,
         }
     }
 
@@ -61,6 +65,13 @@ impl Options {
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Makes it a replica of a cluster.
+    #[must_use]
+    pub fn storage(mut self, storage: &Storage) -> Self {
+        self.storage = Some(storage.clone());
         self
     }
 
@@ -101,6 +112,13 @@ impl Options {
             run = run.arg("--config").arg(scratch.write("config.yaml", text));
         }
         for (key, value) in &self.env {
+            run = run.env(key, value);
+        }
+        let storage = match &self.storage {
+            Some(storage) => Some(storage.clone()),
+            None => Storage::of_this_run(data),
+        };
+        for (key, value) in storage.iter().flat_map(Storage::environment) {
             run = run.env(key, value);
         }
         let mut child = run.spawn(&scratch.join("server.log"));

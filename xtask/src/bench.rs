@@ -12,6 +12,7 @@
 
 mod content;
 mod contestant;
+mod growth;
 mod load;
 mod process;
 mod report;
@@ -53,6 +54,12 @@ pub(crate) struct Arguments {
     /// Where the data directories go, for as long as this runs: a directory on the disk to be measured [default: target/bench].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// Numbers of manifests at which starts and collections are measured, rising.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [10_000, 100_000])]
+    manifests: Vec<u64>,
+    /// Tags in the repository whose pages are asked for, and that is pushed to.
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
+    tags: u64,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -76,6 +83,14 @@ pub(crate) enum Task {
     ImagesParallel,
     /// From the PUT of a manifest to its event.
     Events,
+    /// A start, at 10 000 manifests and more.
+    Start,
+    /// A page out of many tags.
+    TagPage,
+    /// One push into a repository without tags and into one with many.
+    PushAtTags,
+    /// Collection, what it costs, and what pulls notice of it.
+    Collection,
 }
 
 /// Pushers at the same time.
@@ -111,18 +126,27 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         .copied()
         .filter(|task| arguments.only.is_empty() || arguments.only.contains(task))
         .collect();
-    room(dir.path(), arguments, &tasks)?;
-
-    let mut bench = Bench::prepare(arguments, &tasks, program, dir.path())?;
-    for task in tasks {
-        bench.task(task);
+    let (growing, tasks): (Vec<_>, Vec<_>) = tasks.into_iter().partition(|task| task.grows());
+    let mut report = if tasks.is_empty() {
+        Report::new(arguments, &program, dir.path())
+    } else {
+        room(dir.path(), arguments, &tasks)?;
+        let mut bench = Bench::prepare(arguments, &tasks, program.clone(), dir.path())?;
+        for task in tasks {
+            bench.task(task);
+        }
+        bench.report
+    };
+    for task in growing {
+        let table = growth::run(task, arguments, &program, dir.path());
+        report.growth.push(table);
     }
     if arguments.json {
-        println!("{:#}", bench.report.json());
+        println!("{:#}", report.json());
     } else {
-        print!("{}", bench.report.table());
+        print!("{}", report.table());
     }
-    Ok(!bench.report.failed())
+    Ok(!report.failed())
 }
 
 /// Refuses to fill the disk. Peers on the same disk are counted with us.
@@ -280,6 +304,9 @@ impl<'a> Bench<'a> {
             Task::Push => load::push(base, &body)?,
             Task::Images => load::push_images(base, 1, time)?,
             Task::ImagesParallel => load::push_images(base, PUSHERS, time)?,
+            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection => {
+                anyhow::bail!("`{}` is measured by itself", task.name())
+            }
             Task::Events => {
                 let start = Instant::now();
                 sample.noticed = load::events(base, &self.image.manifest, MOVES)?;
@@ -313,6 +340,14 @@ impl Task {
         }
     }
 
+    /// Whether it is measured at several sizes ([`growth`]).
+    fn grows(self) -> bool {
+        matches!(
+            self,
+            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection
+        )
+    }
+
     fn is_limit(self, role: Role) -> bool {
         self.is_for(role) && matches!(role, Role::Files | Role::Sink)
     }
@@ -329,6 +364,10 @@ impl Task {
             Self::Images => "images",
             Self::ImagesParallel => "images-parallel",
             Self::Events => "events",
+            Self::Start => "start",
+            Self::TagPage => "tag-page",
+            Self::PushAtTags => "push-at-tags",
+            Self::Collection => "collection",
         }
     }
 }

@@ -146,14 +146,16 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Starts `count` pushers; their repositories are `{prefix}/{number}`.
-    pub(crate) fn start(url: &str, prefix: &str, count: u64, seed: u64) -> Self {
+    /// Starts `count` pushers; their repositories are `{prefix}/{number}`. Each begins at one of the servers and
+    /// goes on at the next when one fails.
+    pub(crate) fn start(urls: &[String], prefix: &str, count: u64, seed: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
         let threads = (0..count)
             .map(|number| {
                 let mut pusher = Pusher {
-                    url: url.to_owned(),
+                    urls: urls.to_vec(),
+                    at: usize::try_from(number).unwrap_or(0) % urls.len(),
                     connection: None,
                     random: Random(seed.wrapping_mul(1009).wrapping_add(number)),
                     ledger: Ledger {
@@ -164,14 +166,16 @@ impl Load {
                     round: 0,
                 };
                 let stop = Arc::clone(&stop);
+                let most = 3 * urls.len();
                 std::thread::spawn(move || {
                     let mut misses = 0;
-                    while !stop.load(Ordering::Relaxed) && misses < 3 {
+                    while !stop.load(Ordering::Relaxed) && misses < most {
                         if pusher.round().is_ok() {
                             misses = 0;
                         } else {
                             // The server died, or refuses because its disk is gone.
                             pusher.connection = None;
+                            pusher.at = (pusher.at + 1) % pusher.urls.len();
                             misses += 1;
                             std::thread::sleep(std::time::Duration::from_millis(10));
                         }
@@ -203,7 +207,9 @@ impl Load {
 }
 
 struct Pusher {
-    url: String,
+    urls: Vec<String>,
+    /// Which of them it talks to.
+    at: usize,
     connection: Option<Connection>,
     random: Random,
     ledger: Ledger,
@@ -254,7 +260,7 @@ impl Pusher {
         body: &[u8],
     ) -> io::Result<Response> {
         if self.connection.is_none() {
-            self.connection = Some(Connection::open(&self.url)?);
+            self.connection = Some(Connection::open(&self.urls[self.at])?);
         }
         let connection = self
             .connection
@@ -461,7 +467,7 @@ impl Pusher {
     }
 }
 
-fn location(answer: &Response) -> io::Result<String> {
+pub(crate) fn location(answer: &Response) -> io::Result<String> {
     let value = answer
         .header("location")
         .ok_or_else(|| io::Error::other("an upload without a location"))?;

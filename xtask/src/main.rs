@@ -21,9 +21,11 @@ mod deny;
 mod engine;
 mod kill;
 mod load;
+mod mode;
 mod power_cut;
 mod provision;
 mod shell;
+mod soak;
 mod test;
 
 use std::path::PathBuf;
@@ -75,6 +77,8 @@ enum Command {
     Kill(kill::Options),
     /// Cuts the power of the server's file system (needs root).
     PowerCut(power_cut::Options),
+    /// Pushes, mounts, moves, deletes and reads at random while the collector runs with leases of seconds.
+    Soak(soak::Options),
     /// Measures the server beside nginx, a sink and other registries, as ratios.
     Bench(bench::Arguments),
 }
@@ -104,6 +108,7 @@ fn main() -> ExitCode {
         Command::Conformance { program, release } => conformance::run(&program, release),
         Command::Kill(options) => kill::run(&options),
         Command::PowerCut(options) => power_cut::run(&options),
+        Command::Soak(options) => soak::run(&options),
         Command::Bench(arguments) => bench::run(&arguments),
     };
     match outcome {

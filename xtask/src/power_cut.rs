@@ -2,7 +2,8 @@
 //!
 //! A killed process leaves the page cache, so it proves nothing about fsync. Here the server writes
 //! to an ext4 of its own in a loop file; in the middle of the load that file system is shut down
-//! without flushing its log, so that only what was synced is there when it is mounted again.
+//! without flushing its log, so that only what was synced is there when it is mounted again. In cluster mode
+//! PostgreSQL is on that file system: the replicas live on, and must go on by themselves when it is back.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -10,20 +11,34 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use e2e::server::Options as ServerOptions;
+use e2e::Postgres;
 
+use crate::kill::Known;
 use crate::load::{Load, Random};
+use crate::mode::{Mode, Store, World, cluster};
 use crate::{kill, shell};
 
 /// How the program runs.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
+    /// The run mode.
+    #[arg(long, value_enum, default_value_t = Mode::Embedded)]
+    mode: Mode,
     /// How many power cuts.
     #[arg(long, default_value_t = 20)]
     rounds: u64,
     /// How many pushers at once.
     #[arg(long, default_value_t = 16)]
     pushers: u64,
+    /// How many replicas in cluster mode.
+    #[arg(long, default_value_t = 2)]
+    replicas: usize,
+    /// Which S3 store is under a cluster.
+    #[arg(long, value_enum, default_value_t = Store::Versitygw)]
+    store: Store,
+    /// Test this program instead of building it.
+    #[arg(long)]
+    program: Option<PathBuf>,
     /// Repeats a run.
     #[arg(long)]
     seed: Option<u64>,
@@ -43,14 +58,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         shell::find(program)
             .with_context(|| format!("`{program}` is not here: install e2fsprogs and mount"))?;
     }
-    let program = kill::program(false)?;
+    let program = shell::program(options.program.as_deref(), false, &[])?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     println!("seed {seed}");
     let mut random = Random(seed);
-    let (mut bad, mut checked) = (0_u64, 0_usize);
+    let (mut bad, mut checked) = (0_u64, 0_u64);
     for round in 1..=options.rounds {
         let milliseconds = 200 + random.below(2000);
-        match once(&program, options.pushers, milliseconds, random.next()) {
+        let outcome = match options.mode {
+            Mode::Embedded => embedded(&program, options, milliseconds, random.next()),
+            Mode::Cluster => replicated(&program, options, milliseconds, random.next()),
+        };
+        match outcome {
             Ok(count) => {
                 checked += count;
                 println!("ok      cut {round} after {milliseconds} ms ({count} looked for)");
@@ -68,37 +87,135 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(bad == 0)
 }
 
-fn once(program: &Path, pushers: u64, milliseconds: u64, seed: u64) -> anyhow::Result<usize> {
-    let directory = tempfile::Builder::new()
-        .prefix("longshore-power-")
-        .tempdir_in("/var/tmp")?;
-    let image = directory.path().join("disk.ext4");
-    File::create(&image)?.set_len(2 << 30)?;
-    shell::read(shell::command("mkfs.ext4").args(["-q", "-F"]).arg(&image))?;
-    let point = directory.path().join("mount");
-    std::fs::create_dir(&point)?;
-    let mounted = Mounted::new(&image, &point)?;
-    let data = point.join("data");
-
-    let mut server = kill::start(&ServerOptions::new(program.to_owned()).data(&data))?;
-    let load = Load::start(server.url(), "load", pushers, seed);
-    // The one thing that is measured in time here is when the power goes.
-    std::thread::sleep(Duration::from_millis(milliseconds));
-    let acknowledged = load.acknowledged();
-    shut_down(&point)?;
-    // What it says from now on it must not have promised: the pushers still note acknowledgements.
-    std::thread::sleep(Duration::from_millis(100));
-    server.kill();
-    let ledgers = load.finish();
+/// A cut under an embedded server.
+fn embedded(
+    program: &Path,
+    options: &Options,
+    milliseconds: u64,
+    seed: u64,
+) -> anyhow::Result<u64> {
+    let disk = Disk::new()?;
+    let world = World::start(program, Mode::Embedded, options.store)?;
+    let mounted = disk.mount()?;
+    let site = world.site_in(&disk.point)?;
+    let mut servers = site.servers(&site.options(), 1)?;
+    let urls: Vec<_> = servers
+        .iter()
+        .map(|server| server.url().to_owned())
+        .collect();
+    let load = Load::start(&urls, "load", options.pushers, seed);
+    let acknowledged = cut(&disk, &load, milliseconds)?;
+    servers.iter_mut().for_each(e2e::Server::kill);
+    let mut known = Known::Ledgers(load.finish());
     if acknowledged == 0 {
         bail!("nothing was acknowledged before the cut: the round proves nothing");
     }
     drop(mounted);
 
-    let mounted = Mounted::new(&image, &point)?;
-    let checked = kill::after(program, &data, &ledgers);
+    let mounted = disk.mount()?;
+    site.verify().context("as the cut left it")?;
+    let checked = kill::after(&site, &site.options(), Vec::new(), vec![&mut known]);
     drop(mounted);
     checked
+}
+
+/// A cut under the PostgreSQL of a cluster.
+fn replicated(
+    program: &Path,
+    options: &Options,
+    milliseconds: u64,
+    seed: u64,
+) -> anyhow::Result<u64> {
+    let disk = Disk::new()?;
+    let mounted = disk.mount()?;
+    let cluster = cluster(|| Postgres::start_in(&disk.point), options.store)?;
+    let mut world = World::over(program, cluster);
+    let site = world.site()?;
+    let servers = site.servers(&site.options(), options.replicas)?;
+    let urls: Vec<_> = servers
+        .iter()
+        .map(|server| server.url().to_owned())
+        .collect();
+    let load = Load::start(&urls, "load", options.pushers, seed);
+    let acknowledged = cut(&disk, &load, milliseconds)?;
+    let mut known = Known::Ledgers(load.finish());
+    if acknowledged == 0 {
+        bail!("nothing was acknowledged before the cut: the round proves nothing");
+    }
+    if let Some(cluster) = world.cluster() {
+        cluster.postgres.kill();
+    }
+    drop(mounted);
+
+    let mounted = disk.mount()?;
+    if let Some(cluster) = world.cluster() {
+        cluster.postgres.restart();
+    }
+    for server in &servers {
+        ready(server)?;
+    }
+    let checked = kill::after(&site, &site.options(), servers, vec![&mut known]);
+    // Before its disk goes.
+    drop(world);
+    drop(mounted);
+    checked
+}
+
+/// Waits until a replica that lost its database serves again.
+fn ready(server: &e2e::Server) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    while server.get("/readyz").status() != 200 {
+        if begun.elapsed() > Duration::from_mins(1) {
+            bail!(
+                "a replica did not find its database again:\n{}",
+                server.logged()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Cuts the power under a load; how much was acknowledged before.
+fn cut(disk: &Disk, load: &Load, milliseconds: u64) -> anyhow::Result<u64> {
+    // The one thing that is measured in time here is when the power goes.
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let acknowledged = load.acknowledged();
+    shut_down(&disk.point)?;
+    // What it says from now on it must not have promised: the pushers still note acknowledgements.
+    std::thread::sleep(Duration::from_millis(100));
+    Ok(acknowledged)
+}
+
+/// A file system in a file.
+struct Disk {
+    image: PathBuf,
+    point: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new() -> anyhow::Result<Self> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::Builder::new()
+            .prefix("longshore-power-")
+            .permissions(std::fs::Permissions::from_mode(0o755))
+            .tempdir_in("/var/tmp")?;
+        let image = directory.path().join("disk.ext4");
+        File::create(&image)?.set_len(2 << 30)?;
+        shell::read(shell::command("mkfs.ext4").args(["-q", "-F"]).arg(&image))?;
+        let point = directory.path().join("mount");
+        std::fs::create_dir(&point)?;
+        Ok(Self {
+            image,
+            point,
+            _directory: directory,
+        })
+    }
+
+    fn mount(&self) -> anyhow::Result<Mounted> {
+        Mounted::new(&self.image, &self.point)
+    }
 }
 
 /// Cuts the power of the file system that holds `point`.

@@ -106,6 +106,22 @@ const NEEDS: &[Need] = &[
         // The one release of this line without `exclude` directives, which `go install` refuses.
         source: Source::Go("github.com/docker/compose/v5/cmd@v5.0.2", "cmd"),
     },
+    Need {
+        place: "bin/minio",
+        program: Some("minio"),
+        source: Source::Go(
+            "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c",
+            "minio",
+        ),
+    },
+    Need {
+        place: "bin/versitygw",
+        program: Some("versitygw"),
+        source: Source::Go(
+            "github.com/versity/versitygw/cmd/versitygw@v1.8.0",
+            "versitygw",
+        ),
+    },
 ];
 
 /// What was found or brought.
@@ -203,22 +219,20 @@ pub(crate) fn tools() -> anyhow::Result<Tools> {
                 link(&unpacked.join(inside), &place)?;
             }
             Source::Go(module, program) => {
-                let test = if need.place.contains("compose-5") {
-                    "compose5"
-                } else {
-                    "helm"
-                };
-                if shell::find("go").is_none() {
-                    tools.not_run.push((
-                        test,
-                        format!(
-                            "`{}` is built with Go 1.24 or later, which is not here",
-                            need.place
-                        ),
-                    ));
-                } else {
-                    let built = go_install(&dir, module, program)?;
-                    link(&built, &place)?;
+                let absent = shell::find("go").is_none().then(|| {
+                    format!(
+                        "`{}` is built with Go 1.24 or later, which is not here",
+                        need.place
+                    )
+                });
+                match (absent, need.place) {
+                    (None, _) => link(&go_install(&dir, module, program)?, &place)?,
+                    (Some(why), "bin/helm") => tools.not_run.push(("helm", why)),
+                    (Some(why), place) if place.contains("compose-5") => {
+                        tools.not_run.push(("compose5", why));
+                    }
+                    // Half of the run modes stands on it.
+                    (Some(why), _) => tools.missing.push(why),
                 }
             }
             Source::Package(package) | Source::Later(_, package, _) => {
@@ -231,6 +245,29 @@ pub(crate) fn tools() -> anyhow::Result<Tools> {
         }
     }
     Ok(tools)
+}
+
+/// The program of an S3 store, found or brought; for programs that need nothing else.
+pub(crate) fn object_store(kind: e2e::objects::Kind) -> anyhow::Result<PathBuf> {
+    let place = format!("bin/{}", kind.program());
+    let need = NEEDS
+        .iter()
+        .find(|need| need.place == place)
+        .with_context(|| format!("nobody knows where `{place}` comes from"))?;
+    let dir = shell::target().join("tools");
+    let path = dir.join(&place);
+    if path.exists() {
+        return Ok(path);
+    }
+    match (usable(need), &need.source) {
+        (Some(found), _) => link(&found, &path)?,
+        (None, Source::Go(module, program)) if shell::find("go").is_some() => {
+            std::fs::create_dir_all(&dir)?;
+            link(&go_install(&dir, module, program)?, &path)?;
+        }
+        _ => bail!("`{place}` is built with Go 1.24 or later, which is not here"),
+    }
+    Ok(path)
 }
 
 /// The tool on this machine, when any version of it will do.

@@ -79,33 +79,61 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
+/// The program to test: this one, or one that is built now.
+pub(crate) fn program(
+    given: Option<&Path>,
+    release: bool,
+    features: &[&str],
+) -> anyhow::Result<PathBuf> {
+    match given {
+        Some(path) => Ok(std::path::absolute(path)?),
+        None => build(release, features),
+    }
+}
+
 /// Builds the program and gives back where it is.
+///
+/// A build with test switches shares everything with the other one but what the switches change, and is put into
+/// a directory of its own, so that nobody ships it by mistake.
 pub(crate) fn build(release: bool, features: &[&str]) -> anyhow::Result<PathBuf> {
+    let plain = target()
+        .join(if release { "release" } else { "debug" })
+        .join("longshore");
+    if features.is_empty() {
+        println!("building the program");
+        succeed(&mut build_command(release, features))?;
+        return Ok(plain);
+    }
+    println!("building the program with test switches");
+    succeed(&mut build_command(release, features))?;
+    let switched = target().join("switched");
+    std::fs::create_dir_all(&switched)?;
+    let place = switched.join(if release {
+        "longshore-release"
+    } else {
+        "longshore"
+    });
+    // One that runs cannot be written over; it can be replaced.
+    let new = switched.join(format!("new-{}", std::process::id()));
+    std::fs::copy(&plain, &new)?;
+    std::fs::rename(&new, &place)?;
+    // Back to what everybody expects to find there; nothing is compiled again.
+    std::fs::remove_file(&plain)?;
+    succeed(&mut build_command(release, &[]))?;
+    Ok(place)
+}
+
+fn build_command(release: bool, features: &[&str]) -> Command {
     let mut cargo = cargo();
     // The whole workspace is named, so that dependencies have the features that the tests built them with.
     cargo.args(["build", "--quiet", "--workspace", "--bin", "longshore"]);
-    // A build with test switches goes into a directory of its own, so that nobody ships it by mistake.
-    let mut target = target();
     if !features.is_empty() {
-        target = target.join("switched");
         cargo.arg("--features").arg(features.join(","));
     }
-    cargo.arg("--target-dir").arg(&target);
     if release {
         cargo.arg("--release");
     }
-    println!(
-        "building the program{}",
-        if features.is_empty() {
-            ""
-        } else {
-            " with test switches"
-        }
-    );
-    succeed(&mut cargo)?;
-    Ok(target
-        .join(if release { "release" } else { "debug" })
-        .join("longshore"))
+    cargo
 }
 
 /// Whether this process is root.

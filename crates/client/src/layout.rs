@@ -7,6 +7,7 @@
 //! take turns by a lock on `oci-layout`.
 
 mod durable;
+mod whole;
 
 use std::collections::HashMap;
 use std::fs;
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 
 pub(crate) use durable::Durable;
+pub use whole::BlobWriter;
 
 use crate::registry::{MAX_MANIFEST, fallback_tag, lenient_descriptors};
 use crate::{Error, FetchedManifest};

@@ -28,5 +28,6 @@ mod registry;
 mod transport;
 
 pub use error::Error;
-pub use registry::{FetchedManifest, MAX_MANIFEST, Repository};
+pub use http::Method;
+pub use registry::{BlobReader, FetchedManifest, MAX_MANIFEST, Repository};
 pub use transport::{Client, Config, Retries};

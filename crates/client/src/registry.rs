@@ -17,7 +17,7 @@ use oci::{Descriptor, RepositoryName};
 
 pub(crate) use content::{FileContent, RemoteContent};
 pub use manifest::MAX_MANIFEST;
-pub(crate) use reader::BlobReader;
+pub use reader::BlobReader;
 pub(crate) use referrer::{fallback_tag, lenient_descriptors};
 pub(crate) use upload::{Outcome, Payload, Progress};
 

@@ -2,8 +2,13 @@
 
 pub(crate) mod agent;
 mod artifact;
+mod backup;
 mod completions;
+mod export;
+mod import;
 mod login;
+mod migrate;
+mod mode;
 mod pin;
 pub(crate) mod proof;
 mod quota;
@@ -38,21 +43,27 @@ impl Cli {
         match self.command {
             Command::Agent(command) => command.run(&global).await,
             Command::Audit(command) => command.run(&global).await,
+            Command::Backup(command) => command.run(&global).await,
             Command::Completions(command) => Ok(command.run()),
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
             Command::Login(command) => command.run(&global).await,
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
+            Command::Mode(command) => command.run(&global).await,
             Command::Pin(command) => command.run(&global).await,
+            Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
             Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Restore(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
@@ -116,6 +127,11 @@ impl Global {
     }
 }
 
+/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
+    login::host(text.unwrap_or("127.0.0.1:5050"))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the registry.
@@ -163,8 +179,20 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Show or set whether a registry takes writes.
+    Mode(mode::Mode),
+    /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
+    Import(import::Import),
+    /// Write repositories into a directory of OCI layouts.
+    Export(export::Export),
+    /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
+    Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
+    /// Make one full backup of a data directory, also beside its running server, or look at backups.
+    Backup(backup::Backup),
+    /// Restore a data directory from a backup.
+    Restore(backup::Restore),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

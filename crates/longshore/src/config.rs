@@ -3,6 +3,10 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
+mod gc;
+mod redirect;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,6 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use store::{DatabaseLocation, Location, ObjectLocation, S3Location};
 
 use crate::output::{Exit, Refused};
 
@@ -30,12 +35,16 @@ pub(crate) struct Config {
     pub(crate) manifest_bytes: Option<u64>,
     /// How long requests may finish after SIGTERM.
     pub(crate) drain: Option<Duration>,
+    /// Where metadata and blobs are.
+    pub(crate) location: Location,
     /// How many of the largest repositories `/metrics` names.
     pub(crate) metric_repositories: Option<usize>,
-    /// The data directory.
-    pub(crate) data: PathBuf,
+    /// Which pulls are sent to the object store.
+    pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -62,9 +71,23 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let raw = raw.overlay(environment)?;
-        raw.check(data, listen)
-            .map_err(|error| config_error(file, error))
+        let environment: Vec<(String, String)> = environment.into_iter().collect();
+        let raw = raw.overlay(environment.iter().cloned())?;
+        #[cfg_attr(
+            not(feature = "failpoints"),
+            expect(unused_mut, reason = "only a test build changes it")
+        )]
+        let mut config = raw
+            .check(data, listen)
+            .map_err(|error| config_error(file, error))?;
+        #[cfg(feature = "failpoints")]
+        {
+            let lease = environment
+                .iter()
+                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
+            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
+        }
+        Ok(config)
     }
 }
 
@@ -123,6 +146,8 @@ struct Raw {
     access: Option<Vec<Rule>>,
     attempts: Attempts,
     events: Events,
+    gc: gc::Gc,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -166,25 +191,41 @@ enum Size {
     Text(String),
 }
 
-impl Size {
-    fn bytes(self, key: &str) -> anyhow::Result<u64> {
-        match self {
-            Self::Bytes(bytes) => Ok(bytes),
-            Self::Text(text) => parse_size(&text)
-                .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
-        }
-    }
-}
-
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Storage {
     directory: Option<PathBuf>,
+    database: Option<Hidden>,
+    database_file: Option<PathBuf>,
+    database_connections: Option<usize>,
+    objects: Option<String>,
+    s3: S3,
+    redirect: redirect::Redirect,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
+    floor: Option<Size>,
     quota: Option<Size>,
     pull_statistics: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct S3 {
+    endpoint: Option<String>,
+    region: Option<String>,
+    path_style: Option<bool>,
+}
+
+/// Text that may hold a password: `Debug` does not show it.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Hidden(String);
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -303,10 +344,23 @@ impl Raw {
                 *place = period(key, text)?;
             }
         }
+        options.floor = self
+            .storage
+            .floor
+            .as_ref()
+            .map(|size| bytes("storage.floor", size))
+            .transpose()?;
+        if let Some(connections) = self.storage.database_connections {
+            if !(2..=1000).contains(&connections) {
+                anyhow::bail!("`storage.database_connections` must be between 2 and 1000");
+            }
+            options.database_connections = connections;
+        }
         options.quota = self
             .storage
             .quota
-            .map(|size| size.bytes("storage.quota"))
+            .as_ref()
+            .map(|size| bytes("storage.quota", size))
             .transpose()?;
         match self.storage.pull_statistics.as_deref() {
             None => {}
@@ -323,6 +377,10 @@ impl Raw {
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
+        let location = self.storage.location(data)?;
+        let s3 = matches!(location.objects, ObjectLocation::S3(_));
+        self.gc.apply(&mut options, s3)?;
+        let redirect = self.storage.redirect.check(&mut options, s3)?;
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -375,7 +433,7 @@ impl Raw {
                 .server
                 .limits
                 .manifest_bytes
-                .map(|size| size.bytes("server.limits.manifest_bytes"))
+                .map(|size| bytes("server.limits.manifest_bytes", &size))
                 .transpose()?,
             drain: self
                 .server
@@ -383,15 +441,102 @@ impl Raw {
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
             metric_repositories: self.server.metric_repositories,
-            data: data
-                .map(Path::to_path_buf)
-                .or(self.storage.directory)
-                .map_or_else(default_data, Ok)?,
+            location,
+            redirect,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
         })
+    }
+}
+
+impl Storage {
+    /// Where metadata and blobs are. The data directory is that of the command line, of the file, or the default.
+    fn location(&self, data: Option<&Path>) -> anyhow::Result<Location> {
+        let directory = || {
+            data.map(Path::to_path_buf)
+                .or_else(|| self.directory.clone())
+                .map_or_else(default_data, Ok)
+        };
+        let database = match self.connection()? {
+            Some((key, text)) => DatabaseLocation::postgres(&text)
+                .map_err(|problem| anyhow::anyhow!("`{key}`: {problem}"))?,
+            None => DatabaseLocation::Sqlite(directory()?),
+        };
+        let objects = match &self.objects {
+            None => ObjectLocation::Directory(directory()?),
+            Some(text) if text.starts_with("s3:") => ObjectLocation::S3(self.bucket(text)?),
+            Some(text) if Path::new(text).is_absolute() => ObjectLocation::Directory(text.into()),
+            Some(text) => anyhow::bail!(
+                "`storage.objects`: `{text}` is neither an absolute path nor `s3://bucket/prefix`"
+            ),
+        };
+        if !matches!(objects, ObjectLocation::S3(_)) && self.s3.is_used() {
+            anyhow::bail!(
+                "`storage.s3` has settings, but `storage.objects` is no bucket: write `objects: s3://bucket/prefix`"
+            );
+        }
+        Ok(Location { database, objects })
+    }
+
+    /// The connection string with the key that it came from.
+    fn connection(&self) -> anyhow::Result<Option<(&'static str, String)>> {
+        match (&self.database, &self.database_file) {
+            (Some(_), Some(_)) => {
+                anyhow::bail!("`storage.database` and `storage.database_file` exclude each other")
+            }
+            (Some(Hidden(text)), None) if text == "embedded" => Ok(None),
+            (Some(Hidden(text)), None) => {
+                if !store::is_postgres(text) {
+                    // What was written here is not shown: it may still hold a password.
+                    anyhow::bail!(
+                        "`storage.database` is neither `embedded` nor a connection string such as `postgres://user@host/database`"
+                    );
+                }
+                Ok(Some(("storage.database", text.clone())))
+            }
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path).with_context(|| {
+                    format!("`storage.database_file`: cannot read `{}`", path.display())
+                })?;
+                Ok(Some(("storage.database_file", text.trim().to_owned())))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn bucket(&self, text: &str) -> anyhow::Result<S3Location> {
+        let location = S3Location::parse(text)
+            .map_err(|problem| anyhow::anyhow!("`storage.objects`: {problem}"))?;
+        if let Some(endpoint) = &self.s3.endpoint
+            && !["http://", "https://"].iter().any(|scheme| {
+                endpoint
+                    .strip_prefix(scheme)
+                    .is_some_and(|host| !host.trim_end_matches('/').is_empty())
+            })
+        {
+            anyhow::bail!(
+                "`storage.s3.endpoint`: `{endpoint}` is no URL, write for example `https://s3.example.com`"
+            );
+        }
+        Ok(S3Location {
+            endpoint: self
+                .s3
+                .endpoint
+                .as_ref()
+                .map(|url| url.trim_end_matches('/').to_owned()),
+            region: self.s3.region.clone(),
+            path_style: self.s3.path_style.unwrap_or(false),
+            ..location
+        })
+    }
+}
+
+impl S3 {
+    fn is_used(&self) -> bool {
+        self.endpoint.is_some() || self.region.is_some() || self.path_style.is_some()
     }
 }
 
@@ -525,6 +670,15 @@ pub(crate) fn parse_period(text: &str) -> Option<Duration> {
     Some(total)
 }
 
+/// The bytes of a size.
+fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
+    match size {
+        Size::Bytes(bytes) => Ok(*bytes),
+        Size::Text(text) => parse_size(text)
+            .with_context(|| format!("`{key}`: `{text}` is no size, write for example `8MiB`")),
+    }
+}
+
 /// `4MiB`, `10 MB`, `4096`.
 pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
@@ -557,8 +711,8 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 7] = [
-    "server", "storage", "auth", "access", "attempts", "events", "log",
+const SECTIONS: [&str; 9] = [
+    "server", "storage", "auth", "access", "attempts", "events", "gc", "backup", "log",
 ];
 
 #[cfg(test)]

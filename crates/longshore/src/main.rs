@@ -8,6 +8,7 @@ mod config;
 mod demo;
 mod demo_service;
 mod output;
+mod place;
 mod serve;
 mod up;
 

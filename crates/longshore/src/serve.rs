@@ -4,10 +4,11 @@ use std::future::Future;
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use registry::Server;
-use store::Store;
+use store::{DatabaseLocation, Location, ObjectLocation, Store};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -42,11 +43,18 @@ impl Registry {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
         open_more_files();
-        let store = Store::open(&config.data, config.store.clone())
+        let store = open_store(config)
             .await
-            .with_context(|| {
-                format!("cannot open the data directory `{}`", config.data.display())
+            .with_context(|| format!("cannot open {}", describe(&config.location)))?;
+        if let Some(backup) = &config.backup {
+            let started = store.start_backup(backup.clone()).await;
+            started.with_context(|| {
+                format!(
+                    "cannot back up into the directory `{}`",
+                    backup.directory.display()
+                )
             })?;
+        }
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -92,6 +100,53 @@ impl Registry {
         // Why it ended says more than how the end went.
         outcome?;
         closed
+    }
+}
+
+/// Opens the store. A database or object store that is only just starting, or failing over, is waited for: after a
+/// power cut everything starts at once.
+async fn open_store(config: &Config) -> Result<Store, store::Error> {
+    let deadline = tokio::time::Instant::now() + START_PATIENCE;
+    let mut told = false;
+    loop {
+        match Store::open_at(&config.location, config.store.clone()).await {
+            Err(error @ (store::Error::Unavailable { .. } | store::Error::ReadOnly { .. }))
+                if tokio::time::Instant::now() < deadline =>
+            {
+                if !told {
+                    output::note(format!("waiting for it to come back: {error}"));
+                    told = true;
+                }
+                tokio::time::sleep(START_PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Where a store is, in words, without a password.
+fn describe(location: &Location) -> String {
+    let objects = |objects: &ObjectLocation| match objects {
+        ObjectLocation::Directory(path) => format!("the objects in `{}`", path.display()),
+        ObjectLocation::S3(s3) => format!("the bucket `{}`", s3.bucket),
+    };
+    match location {
+        Location {
+            database: DatabaseLocation::Sqlite(database),
+            objects: ObjectLocation::Directory(directory),
+        } if database == directory => format!("the data directory `{}`", directory.display()),
+        Location {
+            database: DatabaseLocation::Sqlite(database),
+            objects: other,
+        } => format!(
+            "the database in `{}` with {}",
+            database.display(),
+            objects(other)
+        ),
+        Location {
+            database: DatabaseLocation::Postgres(_),
+            objects: other,
+        } => format!("the PostgreSQL database with {}", objects(other)),
     }
 }
 
@@ -149,6 +204,7 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     let mut settings = registry::Settings {
         listen: config.listen.clone(),
         public_url: config.public_url.clone(),
+        redirect: config.redirect.clone(),
         ..registry::Settings::default()
     };
     settings.tls = config
@@ -188,3 +244,7 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     }
     Ok(settings)
 }
+
+/// How long a start waits for a database or an object store that cannot be reached.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+const START_PAUSE: Duration = Duration::from_millis(500);

@@ -192,6 +192,7 @@ impl From<store::Error> for Refusal {
         let plain = |status, code| Self::new(status, code, message.clone());
         match &error {
             E::BlobUnknown(_) => plain(StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
+            E::BlobDamaged(_) => plain(StatusCode::INTERNAL_SERVER_ERROR, UNKNOWN),
             E::BlobInUse(_) | E::ManifestInUse(_) | E::Pinned { .. } => {
                 plain(StatusCode::CONFLICT, DENIED)
             }

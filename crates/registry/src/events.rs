@@ -229,13 +229,16 @@ fn kind(kind: EventKind) -> &'static str {
         EventKind::ManifestDeleted => "dev.longshore.manifest.deleted",
         EventKind::TagUpdated => "dev.longshore.tag.updated",
         EventKind::TagDeleted => "dev.longshore.tag.deleted",
+        EventKind::RepositoryDeleted => "dev.longshore.repository.deleted",
     }
 }
 
 /// An event in the JSON form of CloudEvents 1.0.
 fn cloud_event(event: &Event, epoch: &str, source: &str) -> Value {
+    let whole = event.kind == EventKind::RepositoryDeleted;
     let subject = match &event.tag {
         Some(tag) => format!("{}:{tag}", event.repository),
+        None if whole => event.repository.as_str().to_owned(),
         None => format!("{}@{}", event.repository, event.digest),
     };
     json!({
@@ -249,9 +252,9 @@ fn cloud_event(event: &Event, epoch: &str, source: &str) -> Value {
         "data": {
             "repository": event.repository,
             "tag": event.tag,
-            "digest": event.digest,
+            "digest": (!whole).then_some(&event.digest),
             "previous": event.previous,
-            "mediaType": event.media_type,
+            "mediaType": (!whole).then_some(&event.media_type),
             "artifactType": event.artifact_type,
             "subject": event.subject,
             "actor": event.actor,

@@ -37,11 +37,15 @@ struct Meters {
     streams: Gauge,
     sent: Counter,
     received: Counter,
+    delegated: Counter,
+    delegated_bytes: Counter,
     logins: Family<OutcomeLabel, Counter>,
     panics: Counter,
     stored: Family<KindLabel, Gauge>,
     stored_bytes: Gauge,
     pending_deletions: Gauge,
+    read_only: Family<CauseLabel, Gauge>,
+    backup: BackupMeters,
     logical_bytes: Gauge,
     manifest_bytes: Gauge,
     waiting_bytes: Gauge,
@@ -54,6 +58,14 @@ struct Meters {
     repository_bytes: Family<RepositoryLabel, Gauge>,
     /// Held while gauges are set and written out, so that two scrapes do not see each other's.
     scrape: Mutex<()>,
+}
+
+/// How the backup goes. Only of a registry that has one.
+#[derive(Default)]
+struct BackupMeters {
+    success: Gauge,
+    lag: Gauge,
+    failures: Gauge,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -81,6 +93,11 @@ struct RouteLabel {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OutcomeLabel {
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CauseLabel {
+    cause: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -114,6 +131,19 @@ impl Metrics {
             Unit::Bytes,
             received.clone(),
         );
+        let delegated = Counter::default();
+        registry.register(
+            "delegated_pulls",
+            "Pulls of blobs that were sent to the object store",
+            delegated.clone(),
+        );
+        let delegated_bytes = Counter::default();
+        registry.register_with_unit(
+            "delegated",
+            "Bytes of blobs that were sent to the object store for",
+            Unit::Bytes,
+            delegated_bytes.clone(),
+        );
         let logins = Family::default();
         registry.register("logins", "Password checks", logins.clone());
         let panics = Counter::default();
@@ -132,6 +162,30 @@ impl Metrics {
             "pending_deletions",
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
+        );
+        let read_only = Family::default();
+        registry.register(
+            "read_only",
+            "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
+            read_only.clone(),
+        );
+        let backup = BackupMeters::default();
+        registry.register_with_unit(
+            "backup_last_success_timestamp",
+            "When the backup last succeeded; 0 before it did and without a backup",
+            Unit::Seconds,
+            backup.success.clone(),
+        );
+        registry.register_with_unit(
+            "backup_lag",
+            "How long ago the newest restorable moment is",
+            Unit::Seconds,
+            backup.lag.clone(),
+        );
+        registry.register(
+            "backup_failures",
+            "Rounds of the backup that failed since the start",
+            backup.failures.clone(),
         );
         let bytes = |registry: &mut Registry, name: &str, help: &str| {
             let gauge: Gauge = Gauge::default();
@@ -203,11 +257,15 @@ impl Metrics {
             streams,
             sent,
             received,
+            delegated,
+            delegated_bytes,
             logins,
             panics,
             stored,
             stored_bytes,
             pending_deletions,
+            read_only,
+            backup,
             logical_bytes,
             manifest_bytes,
             waiting_bytes,
@@ -253,6 +311,12 @@ impl Metrics {
         self.0.received.inc_by(bytes);
     }
 
+    /// Counts a pull that the object store answers in our place.
+    pub(crate) fn delegated(&self, bytes: u64) {
+        self.0.delegated.inc();
+        self.0.delegated_bytes.inc_by(bytes);
+    }
+
     pub(crate) fn login(&self, outcome: &'static str) {
         self.0.logins.get_or_create(&OutcomeLabel { outcome }).inc();
     }
@@ -285,6 +349,7 @@ impl Metrics {
             }
         }
         let default_quota = store.default_quota();
+        let mode = store.mode().await?;
         let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, count) in [
             ("repositories", totals.repositories),
@@ -302,6 +367,24 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        if let Some(status) = store.backup_status() {
+            let backup = &self.0.backup;
+            let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
+            backup.success.set(success);
+            let lag = status.lag.map_or(i64::MAX, |lag| lag.as_secs() as i64);
+            backup.lag.set(lag);
+            backup.failures.set(status.failures as i64);
+        }
+        for (cause, holds) in [
+            ("command", mode.commanded.is_some()),
+            ("disk", mode.full.is_some()),
+            ("recovery", mode.recovery),
+        ] {
+            self.0
+                .read_only
+                .get_or_create(&CauseLabel { cause })
+                .set(i64::from(holds));
+        }
         self.0.logical_bytes.set(totals.logical_bytes as i64);
         self.0.manifest_bytes.set(totals.manifest_bytes as i64);
         self.0.waiting_bytes.set(totals.waiting_bytes as i64);

@@ -11,7 +11,7 @@ use oci::{Digest, RepositoryName};
 
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 
 statements! {
@@ -362,6 +362,8 @@ struct Prune {
 
 impl Body for Prune {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&PRUNE, &[self.before.into()]).await.map(drop)

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, AuditEntry};
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Db, Lock, Row, Tx, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO audit (id, at, principal, action, target, outcome, address, request) \
@@ -21,6 +21,7 @@ statements! {
     TAKE_HEAD = "SELECT sequence, hash FROM chain WHERE name = 'audit' {for update}";
     UNSEALED = "SELECT id, at, principal, action, target, outcome, address, request FROM audit \
                 WHERE sequence IS NULL ORDER BY id LIMIT 500";
+    ANY_UNSEALED = "SELECT id FROM audit WHERE sequence IS NULL ORDER BY id LIMIT 1";
     SEAL = "UPDATE audit SET sequence = $2, hash = $3 WHERE id = $1";
     SET_HEAD = "UPDATE chain SET sequence = $1, hash = $2 WHERE name = 'audit'";
     SEALED_AFTER = "SELECT id, at, principal, action, target, outcome, address, request, sequence, hash \
@@ -67,6 +68,7 @@ pub(crate) struct Add(pub(crate) AuditEntry);
 
 impl Body for Add {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Self(entry) = self;
@@ -81,13 +83,27 @@ impl Body for Add {
     }
 }
 
+/// Seals every row that is committed.
+pub(crate) async fn seal(db: &Db) -> Result<(), Error> {
+    // A look first: most rounds find nothing, on every replica.
+    if !db.scan(&ANY_UNSEALED, Vec::new()).await?.is_empty() {
+        while db.write(Seal).await? {}
+    }
+    Ok(())
+}
+
 /// Seals a batch of rows; `true` when there may be more.
-pub(crate) struct Seal;
+struct Seal;
 
 impl Body for Seal {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
+        // Another replica that is at it takes what is there, and the next round the rest.
+        if !tx.try_lock(Lock::Audit).await? {
+            return Ok(false);
+        }
         let (mut sequence, mut hash) = head(tx, &TAKE_HEAD).await?;
         let rows = tx.query(&UNSEALED, &[]).await?;
         if rows.is_empty() {

@@ -5,13 +5,15 @@
 //! rights are not.
 
 pub(crate) mod file_system;
+pub(crate) mod objects;
+pub(crate) mod s3;
 
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use oci::{Digest, RepositoryName};
 
 use crate::collect::{self, Kind};
@@ -20,10 +22,10 @@ use crate::failpoint::failpoint;
 use crate::lease;
 use crate::model::{Actor, Blob, BlobContent, BlobInfo};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Inner;
 use crate::{audit, manifest};
-use file_system::StorageKey;
+pub(crate) use file_system::StorageKey;
 
 statements! {
     STAT = "SELECT b.size, rb.lease_until, CAST(CASE WHEN EXISTS ( \
@@ -34,11 +36,14 @@ statements! {
             WHERE r.name = $1 AND b.state = 'ok'";
     OPEN = "SELECT b.size, b.body, b.storage_key, b.state FROM repository r JOIN blob b ON b.digest = $2 \
             JOIN repository_blob rb ON rb.repository_id = r.id AND rb.blob_id = b.id WHERE r.name = $1";
-    ADD = "INSERT INTO blob (id, digest, size, body, storage_key, state, created_at) \
-           VALUES ($1, $2, $3, $4, $5, 'ok', $6) \
+    ADD = "INSERT INTO blob (id, digest, size, body, storage_key, state, created_at, checked_at) \
+           VALUES ($1, $2, $3, $4, $5, 'ok', $6, $6) \
            ON CONFLICT (digest) DO UPDATE SET size = blob.size RETURNING id, storage_key, state";
-    HEAL = "UPDATE blob SET body = $2, storage_key = $3, state = 'ok' WHERE id = $1";
+    HEAL = "UPDATE blob SET body = $2, storage_key = $3, state = 'ok', checked_at = $4, checking_until = NULL \
+            WHERE id = $1";
     SUSPECT = "UPDATE blob SET state = 'suspect' WHERE digest = $1";
+    TAKE = "SELECT digest, size, storage_key FROM blob WHERE id = $1 {for update}";
+    REMOVE = "DELETE FROM blob WHERE id = $1";
     TOTALS = "SELECT COUNT(*) AS blobs, CAST(COALESCE(SUM(size), 0) AS BIGINT) AS bytes FROM blob";
 }
 
@@ -75,7 +80,7 @@ pub(crate) async fn stat(
     Ok(Some(info))
 }
 
-/// Opens a blob: one query and one `open`.
+/// Opens a blob: one query and one `open`; of an object store nothing is asked before its bytes are.
 pub(crate) async fn open(
     inner: &Inner,
     repository: &RepositoryName,
@@ -90,22 +95,29 @@ pub(crate) async fn open(
     };
     let size = row.u64(0)?;
     if row.text(3)? != "ok" {
-        return Err(Error::Database(format!(
-            "blob `{digest}` is damaged, push it again to heal it"
-        )));
+        return Err(Error::BlobDamaged(digest.clone()));
     }
     let content = match row.opt_text(2)? {
-        Some(key) => BlobContent::File(inner.objects.read(&StorageKey::parse(&key)?, size)?),
+        Some(key) => open_object(inner, &StorageKey::parse(&key)?, size).await?,
         None => BlobContent::Inline(Bytes::from(row.take_bytes(1)?)),
     };
     Ok(Some(Blob { size, content }))
+}
+
+/// Opens an object of exactly this size for reading.
+pub(crate) async fn open_object(
+    inner: &Inner,
+    key: &StorageKey,
+    size: u64,
+) -> Result<BlobContent, Error> {
+    inner.objects.read(key, size)
 }
 
 impl Blob {
     /// Reads a range whole, for small blobs and tests. What lies after the end is left out.
     ///
     /// # Errors
-    /// [`Error::Database`] when the file cannot be read.
+    /// [`Error::Database`] when the file cannot be read; [`Error::Unavailable`] of an object store.
     pub async fn read(&self, range: Range<u64>) -> Result<Bytes, Error> {
         let end = range.end.min(self.size);
         let start = range.start.min(end);
@@ -129,6 +141,25 @@ impl Blob {
                 .unwrap_or_else(|_| Err(std::io::Error::other("the reader stopped")))
                 .map_err(failed)
             }
+            BlobContent::Remote(blob) => {
+                let mut stream = blob.stream(start..end).await?;
+                let mut buffer = BytesMut::new();
+                while let Some(bytes) = stream.next().await? {
+                    buffer.extend_from_slice(&bytes);
+                }
+                Ok(buffer.freeze())
+            }
+        }
+    }
+
+    /// A URL with which anybody may read the whole blob for `ttl`, when its bytes are in an object store.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when there are no credentials to sign with.
+    pub async fn presign(&self, ttl: Duration) -> Result<Option<String>, Error> {
+        match &self.content {
+            BlobContent::Inline(_) | BlobContent::File(_) => Ok(None),
+            BlobContent::Remote(blob) => blob.presign(ttl).await.map(Some),
         }
     }
 }
@@ -176,7 +207,7 @@ pub(crate) async fn commit(
         let unused = if row.text(2)? == "ok" {
             key.map(str::to_owned)
         } else {
-            tx.execute(&HEAL, &[id.into(), body.into(), key.into()])
+            tx.execute(&HEAL, &[id.into(), body.into(), key.into(), now.into()])
                 .await?;
             row.opt_text(1)?
         };
@@ -238,6 +269,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::BlobUnknown(self.digest.clone());
@@ -262,11 +294,37 @@ impl Body for Delete {
     }
 }
 
+/// A blob whose row is locked against everybody who wants to hold it.
+pub(crate) struct Taken {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+    pub(crate) key: Option<String>,
+}
+
+pub(crate) async fn take(tx: &mut Tx, blob: i64) -> Result<Option<Taken>, Error> {
+    tx.query_opt(&TAKE, &[blob.into()])
+        .await?
+        .map(|row| {
+            Ok(Taken {
+                digest: row.digest(0)?,
+                size: row.u64(1)?,
+                key: row.opt_text(2)?,
+            })
+        })
+        .transpose()
+}
+
+/// Deletes the row of a blob that nobody holds. Its object is the outbox's.
+pub(crate) async fn remove(tx: &mut Tx, blob: i64) -> Result<(), Error> {
+    tx.execute(&REMOVE, &[blob.into()]).await.map(drop)
+}
+
 /// Marks a blob whose bytes were found damaged: it is absent until the same content is pushed again (`I20`).
 pub(crate) struct Suspect(pub(crate) Digest);
 
 impl Body for Suspect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&SUSPECT, &[(&self.0).into()]).await.map(drop)

@@ -1,193 +1,77 @@
-//! The queue of what may be collected, and the outbox of objects to delete.
+//! The collector: what nothing keeps any more goes, all the time, without a pause, a mark phase or a list.
 //!
-//! Every change that could leave something without a reason to stay puts a candidate with a due time into the
-//! queue. The worker serves expired uploads and the outbox; candidates of other kinds wait in the queue, so
-//! content that was deleted keeps its space. Objects are deleted from the outbox alone, later and as
-//! often as needed (`I5`), and their row goes after the object has gone durably (`I6`).
+//! Every change that takes away a reason to stay puts what may have lost its last one into the queue ([`queue`]) with
+//! a due time, in the same transaction. A [`worker`] on each replica claims what is due and looks at one candidate per
+//! transaction ([`candidate`]): it locks the candidate's row, looks in a new statement for what keeps it
+//! ([`liveness`]), and deletes the row or lets it be. Objects are deleted later, from the [`outbox`] alone (`I5`).
+//! The cost is that of what changed.
+//!
+//! # Why it is safe beside every writer
+//!
+//! SQLite has one writer, so transactions do not interleave. On PostgreSQL at READ COMMITTED a statement sees what
+//! was committed before it began, and a statement that waited for a row lock goes on with the newest version of that
+//! row. The argument rests on one pair of rules:
+//!
+//! - whoever makes an edge to a row holds a lock on that row, at least KEY SHARE, from its look to its commit;
+//! - the collector holds FOR UPDATE, which excludes KEY SHARE, from *before* the statements that look for edges.
+//!
+//! So for each writer and each candidate one of the two is first, and there are two cases to check:
+//!
+//! | writer | it is first | the collector is first |
+//! |---|---|---|
+//! | PUT that names a blob or child | the collector waits for its commit, then sees the edge | the look waits, finds no row: `MANIFEST_BLOB_UNKNOWN`, and the lease was over |
+//! | PUT of the same manifest again | `ON CONFLICT` holds the row: the collector then reads the new lease | the insert waits, then inserts a new row with all its edges |
+//! | tag set to the manifest | as the PUT that it is part of | as the PUT that it is part of |
+//! | HEAD that renews (`I7`) | the collector reads the new lease with the lock | the update waits, changes no row: 404 |
+//! | HEAD that need not renew | the lease runs on, or an edge is there: its removal renews, at or after this answer | no edge and no lease: it would have renewed |
+//! | commit of the same blob | `ON CONFLICT` holds the blob's row: the collector then sees the new hold | the insert waits, then inserts a new row with its own object, under a key of its own |
+//! | commit while the hold is collected | the upsert of the pair holds it: the collector reads the new lease | the upsert waits, then inserts a new pair |
+//! | mount | KEY SHARE on the source pair: that stays, so the blob stays | the source is gone: 202, the client uploads |
+//! | mount while the blob is collected | impossible: a pair is committed and locked | the foreign key of the new pair fails, the mount runs again, finds no source: 202 |
+//! | pin | as a tag, through its foreign key | the foreign key fails, the pin is refused |
+//! | tag moved away | its lease is renewed and the candidate put in again, in one transaction | the candidate was kept because of the tag; the move puts it in again |
+//! | tag moved back | as the PUT that it is part of | the manifest had no tag and no lease at that moment |
+//!
+//! Two edges hold no lock. A *NULL edge* (a foreign layer, sparse content) names a digest whose row is not there, so
+//! there is nothing to lock; the collector looks for edges by digest and finds it all the same, and fills it when it
+//! finds the target. Only an edge that is uncommitted while its target is committed and looked at can be missed, and
+//! that target is younger than the transaction of the edge: its lease has just begun. A *subject* need not exist
+//! either; a referrer that comes while its subject goes waits for a subject that never came.
+//!
+//! What keeps a candidate may go between the look and the commit, because only its own row is locked. Whoever takes
+//! it away puts the candidate in again, which the collector's last statement does not undo: it removes only the row
+//! that was claimed.
+//!
+//! Lock order: a manifest before its tags and before what it names, manifests before blobs, each in the order of
+//! the digests; a hold before its blob's queue row; an own queue row last. Where a request cannot keep it (the
+//! deletion of a tag learns the manifest from the tag) PostgreSQL breaks the tie and the transaction runs again.
 
-use std::sync::Arc;
+mod candidate;
+mod dry_run;
+mod explain;
+mod liveness;
+mod outbox;
+mod queue;
+mod repository;
+mod settings;
+mod worker;
 
-use crate::blob::file_system::StorageKey;
-use crate::clock::Timestamp;
-use crate::error::Error;
-use crate::failpoint::failpoint;
-use crate::sql::{Body, Db, Tx, statements};
-use crate::store::Inner;
-use crate::upload;
+pub use dry_run::{DryRun, DryRunItem};
+pub use explain::{Kept, Reason};
+pub use outbox::OutboxLength;
+pub(crate) use outbox::{count as count_deletions, discard, discard_multipart};
+pub use queue::{Kind, QueueLength};
+pub(crate) use queue::{enqueue, forget};
+pub use settings::{GcOptions, Window, WindowError};
+pub use worker::{CollectionStatus, CollectionTotals};
+pub(crate) use worker::{Collector, drain, work};
 
-statements! {
-    ENQUEUE = "INSERT INTO collection_queue (kind, repository_id, target_id, due_at, attempts) \
-               VALUES ($1, $2, $3, $4, 0) \
-               ON CONFLICT (kind, repository_id, target_id) DO UPDATE SET due_at = \
-                   CASE WHEN collection_queue.due_at < excluded.due_at \
-                        THEN excluded.due_at ELSE collection_queue.due_at END";
-    FORGET = "DELETE FROM collection_queue WHERE kind = $1 AND repository_id = $2 AND target_id = $3";
-    DUE_UPLOADS = "SELECT q.repository_id, q.target_id, u.name FROM collection_queue q \
-                   LEFT JOIN upload u ON u.id = q.target_id \
-                   WHERE q.kind = 'upload' AND q.due_at <= $1 ORDER BY q.due_at LIMIT 50";
-    DISCARD = "INSERT INTO deletion (storage_key, due_at, attempts) VALUES ($1, $2, 0) \
-               ON CONFLICT (storage_key) DO NOTHING";
-    DUE_DELETIONS = "SELECT storage_key FROM deletion WHERE due_at <= $1 ORDER BY due_at LIMIT 100";
-    DELETED = "DELETE FROM deletion WHERE storage_key = $1";
-    POSTPONE = "UPDATE deletion SET due_at = $2, attempts = attempts + 1 WHERE storage_key = $1";
-    COUNT_DELETIONS = "SELECT COUNT(*) FROM deletion";
-}
-
-/// What a candidate is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind {
-    Blob,
-    Manifest,
-    RepositoryBlob,
-    Upload,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Blob => "blob",
-            Self::Manifest => "manifest",
-            Self::RepositoryBlob => "repository_blob",
-            Self::Upload => "upload",
-        }
-    }
-}
-
-/// Puts a candidate into the queue, or makes it due later. Its own row is locked before this one.
-pub(crate) async fn enqueue(
-    tx: &mut Tx,
-    kind: Kind,
-    repository: i64,
-    target: i64,
-    due: Timestamp,
-) -> Result<(), Error> {
-    tx.execute(
-        &ENQUEUE,
-        &[
-            kind.name().into(),
-            repository.into(),
-            target.into(),
-            due.into(),
-        ],
-    )
-    .await
-    .map(drop)
-}
-
-/// Takes a candidate out of the queue.
-pub(crate) async fn forget(
-    tx: &mut Tx,
-    kind: Kind,
-    repository: i64,
-    target: i64,
-) -> Result<(), Error> {
-    tx.execute(
-        &FORGET,
-        &[kind.name().into(), repository.into(), target.into()],
-    )
-    .await
-    .map(drop)
-}
-
-/// Puts an object into the outbox.
-pub(crate) async fn discard(tx: &mut Tx, key: &str, due: Timestamp) -> Result<(), Error> {
-    tx.execute(&DISCARD, &[key.into(), due.into()])
-        .await
-        .map(drop)
-}
-
-/// Expires uploads that are due; how many were looked at.
-pub(crate) async fn expire_uploads(inner: &Arc<Inner>) -> Result<usize, Error> {
-    let now = inner.clock.now();
-    let due = inner.db.scan(&DUE_UPLOADS, vec![now.into()]).await?;
-    let mut looked_at = 0;
-    for row in &due {
-        // An upload that somebody writes is not touched, and nobody can begin to write it meanwhile.
-        let claim = match row.opt_text(2)? {
-            Some(name) => match inner.claims.try_claim(&name) {
-                Some(claim) => Some(claim),
-                None => continue,
-            },
-            None => None,
-        };
-        inner
-            .db
-            .write(upload::Collect {
-                repository: row.i64(0)?,
-                id: row.i64(1)?,
-            })
-            .await?;
-        drop(claim);
-        looked_at += 1;
-    }
-    Ok(looked_at)
-}
-
-/// Deletes the objects of the outbox that are due; how many went.
-pub(crate) async fn serve_outbox(inner: &Arc<Inner>) -> Result<usize, Error> {
-    let now = inner.clock.now();
-    let due = inner.db.scan(&DUE_DELETIONS, vec![now.into()]).await?;
-    if due.is_empty() {
-        return Ok(0);
-    }
-    let mut keys = Vec::with_capacity(due.len());
-    for row in &due {
-        keys.push(StorageKey::parse(&row.text(0)?)?);
-    }
-    failpoint("outbox.before_remove");
-    let objects = Arc::clone(inner);
-    let results = tokio::task::spawn_blocking(move || {
-        keys.into_iter()
-            .map(|key| {
-                let result = objects.objects.remove(&key);
-                failpoint("outbox.after_remove");
-                (key, result)
-            })
-            .collect::<Vec<_>>()
-    })
-    .await
-    .map_err(|_| Error::Stopped)?;
-    failpoint("outbox.after_entry_sync");
-    let mut gone = Vec::new();
-    let mut stuck = Vec::new();
-    for (key, result) in results {
-        match result {
-            Ok(()) => gone.push(key),
-            Err(error) => {
-                tracing::warn!(key = key.as_str(), %error, "an object cannot be deleted, it is tried again later");
-                stuck.push(key);
-            }
-        }
-    }
-    let count = gone.len();
-    inner.db.write(Deleted { gone, stuck }).await?;
-    failpoint("outbox.after_rows");
-    Ok(count)
-}
-
-struct Deleted {
-    gone: Vec<StorageKey>,
-    stuck: Vec<StorageKey>,
-}
-
-impl Body for Deleted {
-    type Output = ();
-
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        for key in &self.gone {
-            tx.execute(&DELETED, &[key.as_str().into()]).await?;
-        }
-        let later = tx.now().plus(RETRY);
-        for key in &self.stuck {
-            tx.execute(&POSTPONE, &[key.as_str().into(), later.into()])
-                .await?;
-        }
-        Ok(())
-    }
-}
-
-pub(crate) async fn count_deletions(db: &Db) -> Result<u64, Error> {
-    crate::store::single(&db.scan(&COUNT_DELETIONS, Vec::new()).await?)
-}
-
-const RETRY: std::time::Duration = std::time::Duration::from_mins(1);
+/// The statements of all parts.
+pub(crate) static STATEMENTS: [&[&crate::sql::Statement]; 6] = [
+    queue::STATEMENTS,
+    outbox::STATEMENTS,
+    liveness::STATEMENTS,
+    repository::STATEMENTS,
+    worker::STATEMENTS,
+    explain::STATEMENTS,
+];

@@ -51,16 +51,34 @@ impl Directory {
         })
     }
 
-    /// Takes the lock of a directory that holds objects alone.
+    /// Takes a part in the lock of a directory that holds objects alone. Keys are never used twice and claims are in
+    /// the database, so replicas may share it; an embedded store may not.
     pub(crate) fn open_objects(root: &Path) -> Result<Self, Error> {
         make_directory(root)?;
-        let lock = take_lock(root)?;
+        if read_format(root)?.is_some() || database(root).exists() {
+            return Err(Error::NotADataDirectory {
+                dir: root.to_owned(),
+                found: "an embedded store".to_owned(),
+            });
+        }
+        check_ours(root)?;
+        let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh: false,
         })
+    }
+
+    /// Whether this is the directory at `path`.
+    pub(crate) fn is(&self, path: &Path) -> bool {
+        self.root == path
+    }
+
+    /// Where it is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
@@ -90,6 +108,25 @@ impl Directory {
         };
         write().map_err(|error| Error::io("write", &path, error))?;
         sync_directory(&self.root)
+    }
+}
+
+/// Puts the database of an embedded store aside, durably: it was carried elsewhere, and the objects stay here for the
+/// store that it became. Doing it again changes nothing.
+pub(crate) fn retire(root: &Path) -> Result<(), Error> {
+    let format = root.join(FORMAT_FILE);
+    match std::fs::remove_file(&format) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("remove", &format, error));
+        }
+        _ => sync_directory(root)?,
+    }
+    let path = database(root);
+    match std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}"))) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("rename", &path, error));
+        }
+        _ => sync_directory(root),
     }
 }
 
@@ -163,10 +200,10 @@ fn check_ours(root: &Path) -> Result<(), Error> {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
-        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, "lost+found"].contains(&name.as_ref())
+        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
-                .is_some_and(|rest| ["", "-wal", "-shm", "-journal"].contains(&rest));
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
         if !known {
             return Err(Error::NotADataDirectory {
                 dir: root.to_owned(),
@@ -178,6 +215,14 @@ fn check_ours(root: &Path) -> Result<(), Error> {
 }
 
 fn take_lock(root: &Path) -> Result<File, Error> {
+    lock(root, File::try_lock)
+}
+
+fn share_lock(root: &Path) -> Result<File, Error> {
+    lock(root, File::try_lock_shared)
+}
+
+fn lock(root: &Path, take: fn(&File) -> Result<(), TryLockError>) -> Result<File, Error> {
     let path = root.join(LOCK);
     let file = OpenOptions::new()
         .create(true)
@@ -186,7 +231,7 @@ fn take_lock(root: &Path) -> Result<File, Error> {
         .write(true)
         .open(&path)
         .map_err(|error| Error::io("open", &path, error))?;
-    match file.try_lock() {
+    match take(&file) {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::InUse(root.to_owned())),
         Err(TryLockError::Error(error)) => Err(Error::io("lock", &path, error)),
@@ -195,6 +240,10 @@ fn take_lock(root: &Path) -> Result<File, Error> {
 
 const FORMAT_FILE: &str = "format";
 const FORMAT_PARTIAL: &str = "format.partial";
+/// What is removed first when the disk is full.
+pub(crate) const RESERVE: &str = "reserve";
+/// After the name of a database that was carried elsewhere.
+const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";
 const DATABASE: &str = "meta.db";
 const OBJECTS: &str = "o";

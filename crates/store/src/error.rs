@@ -12,6 +12,9 @@ pub enum Error {
     /// The blob is not in this repository.
     #[error("blob `{0}` is not in this repository")]
     BlobUnknown(Digest),
+    /// The bytes of the blob were found damaged.
+    #[error("blob `{0}` is damaged in this registry, push it again to heal it")]
+    BlobDamaged(Digest),
     /// A manifest names the blob.
     #[error("blob `{0}` is part of a manifest of this repository, delete the manifest first")]
     BlobInUse(Digest),
@@ -158,6 +161,9 @@ pub enum Error {
         /// What it said.
         problem: String,
     },
+    /// A store that is being carried from one place to another, or cannot be.
+    #[error("{0}")]
+    Moving(String),
     /// The store has stopped after a failure that it must not go on from.
     #[error("the store has stopped after a failure, restart the server and look at its log")]
     Stopped,
@@ -183,7 +189,7 @@ impl Error {
     pub(crate) fn io(operation: &'static str, path: &Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{QuotaExceeded, StorageFull};
         if matches!(source.kind(), StorageFull | QuotaExceeded) {
-            tracing::warn!(operation, path = %path.display(), "the disk is full");
+            tracing::debug!(operation, path = %path.display(), "the disk is full");
             return Self::Full;
         }
         Self::Io {

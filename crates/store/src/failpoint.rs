@@ -40,12 +40,72 @@ pub(crate) const NAMES: &[&str] = &[
     "delete.after_rows",
     "sql.before_commit",
     "sql.after_commit",
+    "collect.before_claim",
+    "collect.after_claim",
+    "collect.before_lock",
+    "collect.after_lock",
+    "collect.before_rows",
+    "collect.after_rows",
+    "collect.after_edges",
+    "collect.before_forget",
+    "collect.after_transaction",
+    "collect.before_hide",
+    "collect.after_hide",
+    "collect.before_step",
+    "collect.after_step",
     "outbox.before_remove",
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "retention.before_remove",
+    "retention.after_remove",
+    "seal.before",
+    "seal.after_numbers",
+    "seal.after_events",
     "audit.before_seal",
     "audit.after_seal",
+    "import.before_row",
+    "import.after_row",
+    "import.after_place",
+    "import.after_sync",
+    "carry.after_journal",
+    "carry.after_blob_rows",
+    "carry.after_object",
+    "carry.after_objects",
+    "carry.after_wipe",
+    "carry.after_page",
+    "carry.after_tables",
+    "carry.after_format",
+    "carry.after_moved",
+    "migrate.before_copy",
+    "migrate.after_copy",
+    "migrate.after_step",
+    "migrate.before_commit",
+    "migrate.after_commit",
+    "backup.after_object",
+    "backup.after_objects",
+    "backup.before_copy",
+    "backup.after_copy",
+    "backup.after_line",
+    "backup.before_segment",
+    "backup.after_segment",
+    "backup.after_fold",
+    "backup.after_unline",
+    "restore.after_database",
+    "restore.after_objects",
+    "restore.before_format",
+];
+
+/// Points that are passed only where objects are in an object store.
+pub(crate) const OBJECT_STORE_NAMES: &[&str] = &[
+    "upload.after_name_row",
+    "upload.after_create_multipart",
+    "upload.after_multipart_row",
+    "upload.after_part",
+    "upload.after_tail",
+    "commit.before_complete",
+    "commit.after_complete",
+    "outbox.after_abort",
 ];
 
 /// Passes the point of this name.
@@ -63,7 +123,7 @@ pub(crate) fn failpoint(name: &str) {
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     debug_assert!(
-        NAMES.contains(&name),
+        NAMES.contains(&name) || OBJECT_STORE_NAMES.contains(&name),
         "`{name}` is not in the list of failpoints"
     );
     let armed = ARMED.get_or_init(|| {
@@ -80,4 +140,13 @@ pub(crate) fn failpoint(name: &str) {
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
+}
+
+/// Tells whether a test has planted the bug of this name (`LONGSHORE_TEST_BUG=name`), to show that it is found.
+#[cfg(feature = "failpoints")]
+pub(crate) fn planted(name: &str) -> bool {
+    static BUG: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    BUG.get_or_init(|| std::env::var("LONGSHORE_TEST_BUG").ok())
+        .as_deref()
+        == Some(name)
 }

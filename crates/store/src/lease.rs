@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use oci::{Digest, RepositoryName};
 
+use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::manifest;
@@ -34,10 +35,14 @@ statements! {
     RENEW_MANIFEST = "UPDATE manifest SET lease_until = \
                           CASE WHEN lease_until < $3 THEN $3 ELSE lease_until END \
                       WHERE repository_id = $1 AND digest = $2 RETURNING id";
+    TAKE_PAIR = "SELECT b.id, b.size, b.state, b.digest, rb.lease_until FROM repository_blob rb \
+                 JOIN blob b ON b.id = rb.blob_id \
+                 WHERE rb.repository_id = $1 AND rb.blob_id = $2 {for update of rb}";
+    HELD = "SELECT repository_id FROM repository_blob WHERE blob_id = $1 LIMIT 1";
     RELEASE = "DELETE FROM repository_blob WHERE repository_id = $1 AND blob_id = $2";
     HOLDERS = "SELECT r.name FROM blob b JOIN repository_blob rb ON rb.blob_id = b.id \
                JOIN repository r ON r.id = rb.repository_id \
-               WHERE b.digest = $1 AND b.state = 'ok' ORDER BY r.name LIMIT $2";
+               WHERE b.digest = $1 AND b.state = 'ok' AND r.deleted_at IS NULL ORDER BY r.name LIMIT $2";
 }
 
 /// Gives a repository a hold on a blob for the time of a lease: the pair, its queue row, its usage and the
@@ -70,7 +75,7 @@ pub(crate) async fn grant(
         .i64(0)?;
     if held == id {
         usage::add(tx, place, size as i64, 1).await?;
-        manifest::fill_blob_edges(tx, place, digest, blob).await?;
+        manifest::fill_blob_edges(tx, place.repository, digest, blob).await?;
     }
     collect::enqueue(tx, Kind::RepositoryBlob, place.repository, blob, until).await
 }
@@ -122,6 +127,57 @@ pub(crate) async fn release(tx: &mut Tx, place: Place, held: Held) -> Result<(),
     tx.execute(&RELEASE, &[place.repository.into(), held.blob.into()])
         .await?;
     usage::add(tx, place, -(held.size as i64), -1).await
+}
+
+/// A repository's hold on a blob, locked against everybody who wants to name it.
+pub(crate) async fn take_pair(
+    tx: &mut Tx,
+    repository: i64,
+    blob: i64,
+) -> Result<Option<(Held, Digest, Timestamp)>, Error> {
+    tx.query_opt(&TAKE_PAIR, &[repository.into(), blob.into()])
+        .await?
+        .map(|row| Ok((held(&row)?, row.digest(3)?, row.time(4)?)))
+        .transpose()
+}
+
+/// Tells whether any repository holds a blob.
+pub(crate) async fn is_held(tx: &mut Tx, blob: i64) -> Result<bool, Error> {
+    Ok(tx.query_opt(&HELD, &[blob.into()]).await?.is_some())
+}
+
+/// An edge to a blob is gone: what was told to exist because of it is kept for the time of a lease (`I7`).
+pub(crate) async fn after_edge_to_blob(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    lease: Duration,
+) -> Result<(), Error> {
+    renew_blob(tx, repository, digest, renewal(lease))
+        .await
+        .map(drop)
+}
+
+/// As [`after_edge_to_blob`], for an edge to a manifest: a tag, an index, a subject.
+pub(crate) async fn after_edge_to_manifest(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    lease: Duration,
+) -> Result<(), Error> {
+    renew_manifest(tx, repository, digest, renewal(lease))
+        .await
+        .map(drop)
+}
+
+/// How long the target of a removed edge is kept. `LONGSHORE_TEST_BUG=no-renewal` plants the bug that a test of `I7`
+/// must find.
+fn renewal(lease: Duration) -> Duration {
+    #[cfg(feature = "failpoints")]
+    if crate::failpoint::planted("no-renewal") {
+        return Duration::ZERO;
+    }
+    lease
 }
 
 /// Renews the lease of a blob; `false` when the repository does not hold it.

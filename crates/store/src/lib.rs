@@ -12,13 +12,13 @@
 //! One small SQL layer serves SQLite, which the embedded mode uses, and PostgreSQL: every statement is written once,
 //! in the room that owns its table. Reads write nothing.
 //!
-//! What it does not do yet: collect content. What is deleted is gone from every answer, and its candidate waits in
-//! the queue, but its bytes keep their space; only objects of uploads that ended without a blob, or with one that
-//! was there already, are removed. It knows no HTTP, judges no rights, and parses no manifest: callers pass the
+//! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod adopt;
 mod attempt;
 mod audit;
+mod backup;
 mod blob;
 mod clock;
 mod collect;
@@ -26,33 +26,54 @@ mod directory;
 mod error;
 mod event;
 mod failpoint;
+pub mod import;
 mod lease;
 mod location;
 mod manifest;
 mod meta;
+mod mode;
 mod model;
 mod pin;
 mod pull;
 mod referrer;
 mod repository;
+mod retention;
+mod scrub;
 mod sql;
 mod store;
 mod tag;
+pub mod transfer;
 mod upload;
 mod usage;
 mod verify;
 
+pub use adopt::{Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
+pub use backup::once::{BackupMade, backup};
+pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
+pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
+pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
+pub use collect::{
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLength, Reason, Window, WindowError,
+};
 pub use error::Error;
-pub use location::{DatabaseLocation, Location, ObjectLocation, S3Location};
+pub use location::{
+    DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,
+};
+pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use retention::{
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
+};
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;
+pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
@@ -62,6 +83,11 @@ pub use verify::{verify_audit, verify_store};
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).
 pub fn failpoints() -> &'static [&'static str] {
     failpoint::NAMES
+}
+
+/// The names of the failpoints that are passed only where objects are in an object store.
+pub fn object_store_failpoints() -> &'static [&'static str] {
+    failpoint::OBJECT_STORE_NAMES
 }
 
 /// Every statement of the store with the engines it has run on in this process (SQLite, PostgreSQL), so that

@@ -19,7 +19,7 @@ use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::tag::{self, Change, Target};
 use crate::{audit, lease, pin, referrer, usage};
 
@@ -28,19 +28,23 @@ statements! {
               JOIN manifest m ON m.id = t.manifest_id WHERE r.name = $1 AND t.name = $2";
     BY_DIGEST = "SELECT m.digest, m.media_type, m.body FROM repository r \
                  JOIN manifest m ON m.repository_id = r.id WHERE r.name = $1 AND m.digest = $2";
-    LEASE = "SELECT m.lease_until, CAST(CASE WHEN EXISTS (SELECT 1 FROM tag t WHERE t.manifest_id = m.id) \
+    LEASE = "SELECT m.lease_until, CAST(CASE WHEN EXISTS (SELECT 1 FROM tag t WHERE t.manifest_id = m.id \
+                     AND SUBSTR(t.name, 1, 7) <> 'sha256-' AND SUBSTR(t.name, 1, 7) <> 'sha512-') \
                  OR EXISTS (SELECT 1 FROM manifest_child c WHERE c.repository_id = m.repository_id \
                      AND c.digest = m.digest) THEN 1 ELSE 0 END AS BIGINT) AS referenced \
              FROM repository r JOIN manifest m ON m.repository_id = r.id WHERE r.name = $1 AND m.digest = $2";
     SHARE = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2 {for key share}";
     TAKE = "SELECT id, media_type, artifact_type, subject, size FROM manifest \
             WHERE repository_id = $1 AND digest = $2 {for update}";
+    TAKE_ROW = "SELECT id, media_type, artifact_type, subject, size, digest FROM manifest WHERE id = $1 {for update}";
     ADD = "INSERT INTO manifest (id, repository_id, digest, media_type, artifact_type, subject, size, body, \
                lease_until, pushed_by, created_at) \
            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) \
            ON CONFLICT (repository_id, digest) DO UPDATE SET lease_until = \
                CASE WHEN manifest.lease_until < excluded.lease_until \
-                    THEN excluded.lease_until ELSE manifest.lease_until END \
+                    THEN excluded.lease_until ELSE manifest.lease_until END, \
+               size = excluded.size, \
+               body = CASE WHEN manifest.body = excluded.body THEN manifest.body ELSE excluded.body END \
            RETURNING id";
     ADD_BLOB = "INSERT INTO manifest_blob (manifest_id, repository_id, digest, blob_id) \
                 VALUES ($1, $2, $3, $4) ON CONFLICT (manifest_id, digest) DO NOTHING";
@@ -58,6 +62,7 @@ statements! {
     MEDIA_TYPE = "SELECT media_type FROM manifest WHERE id = $1";
     DIGEST = "SELECT digest FROM manifest WHERE id = $1";
     BODY = "SELECT body FROM manifest WHERE id = $1";
+    ID = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2";
 }
 
 /// Reads a manifest with one query.
@@ -181,11 +186,8 @@ impl Body for Put {
                 )
                 .await?;
             }
-            tx.execute(
-                &FILL_CHILD,
-                &[place.repository.into(), (&put.digest).into(), id.into()],
-            )
-            .await?;
+            fill_child_edges(tx, place.repository, &put.digest, id).await?;
+            referrer::subject_here(tx, place.repository, &put.digest).await?;
             usage::add(tx, place, size as i64, 1).await?;
             events.push(NewEvent {
                 kind: EventKind::ManifestPushed,
@@ -310,6 +312,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.digest.to_string());
@@ -322,48 +325,88 @@ impl Body for Delete {
         if tx.query_opt(&CHILD_NAMED, &key).await?.is_some() {
             return Err(Error::ManifestInUse(self.digest.clone()));
         }
-        let id = row.i64(0)?;
+        let doomed = Doomed::read(&row, self.digest.clone())?;
         // I19: what somebody pins stays.
-        pin::refuse(tx, id, &self.digest).await?;
-        let media_type = row.text(1)?;
+        pin::refuse(tx, doomed.id, &self.digest).await?;
         let change = Change {
             place,
             repository: &self.repository,
             actor: &self.actor,
             lease: self.lease,
         };
-        let mut events = Vec::new();
-        tag::remove_all_of(tx, &change, id, &media_type, &mut events).await?;
-        let blobs = digests(&tx.query(&BLOB_EDGES, &[id.into()]).await?)?;
-        let mut manifests = digests(&tx.query(&CHILD_EDGES, &[id.into()]).await?)?;
-        manifests.extend(referrer::of_subject(tx, place.repository, &self.digest).await?);
-        referrer::remove(tx, place.repository, &self.digest).await?;
-        failpoint("delete.before_rows");
-        tx.execute(&REMOVE, &[id.into()]).await?;
-        collect::forget(tx, Kind::Manifest, place.repository, id).await?;
-        failpoint("delete.after_rows");
-        // I7: each edge that is gone renews the lease of what it pointed to.
-        for digest in &blobs {
-            lease::renew_blob(tx, place.repository, digest, self.lease).await?;
-        }
-        for digest in &manifests {
-            lease::renew_manifest(tx, place.repository, digest, self.lease).await?;
-        }
-        usage::add(tx, place, -row.i64(4)?, -1).await?;
-        events.push(NewEvent {
-            kind: EventKind::ManifestDeleted,
-            repository: self.repository.clone(),
-            tag: None,
-            digest: self.digest.clone(),
-            previous: None,
-            media_type,
-            artifact_type: row.opt_text(2)?,
-            subject: row.opt_digest(3)?,
-        });
-        event::write(tx, &events, &self.actor).await?;
+        remove(tx, &change, &doomed).await?;
         let target = format!("{}@{}", self.repository.as_str(), self.digest);
         audit::allowed(tx, &self.actor, "manifest.delete", target).await
     }
+}
+
+/// A manifest that is being deleted. Its row is locked.
+pub(crate) struct Doomed {
+    id: i64,
+    media_type: String,
+    artifact_type: Option<String>,
+    pub(crate) subject: Option<Digest>,
+    pub(crate) size: u64,
+    pub(crate) digest: Digest,
+}
+
+impl Doomed {
+    fn read(row: &Row, digest: Digest) -> Result<Self, Error> {
+        Ok(Self {
+            id: row.i64(0)?,
+            media_type: row.text(1)?,
+            artifact_type: row.opt_text(2)?,
+            subject: row.opt_digest(3)?,
+            size: row.u64(4)?,
+            digest,
+        })
+    }
+}
+
+/// Locks a manifest against everybody who wants to name it.
+pub(crate) async fn take(tx: &mut Tx, manifest: i64) -> Result<Option<Doomed>, Error> {
+    tx.query_opt(&TAKE_ROW, &[manifest.into()])
+        .await?
+        .map(|row| Doomed::read(&row, row.digest(5)?))
+        .transpose()
+}
+
+/// Deletes a manifest with its tags and edges. What these led to is kept for the time of a lease (`I7`) and then looked
+/// at. The rows below it come first, manifests before blobs and each in the order of the digests, and the queue row
+/// last: whoever else locks several of them does it in this order.
+pub(crate) async fn remove(tx: &mut Tx, change: &Change<'_>, doomed: &Doomed) -> Result<(), Error> {
+    let repository = change.place.repository;
+    let Doomed { id, digest, .. } = doomed;
+    let mut events = Vec::new();
+    tag::remove_all_of(tx, change, *id, &doomed.media_type, &mut events).await?;
+    let blobs = digests(&tx.query(&BLOB_EDGES, &[(*id).into()]).await?)?;
+    let mut manifests = digests(&tx.query(&CHILD_EDGES, &[(*id).into()]).await?)?;
+    manifests.extend(referrer::subject_gone(tx, repository, digest).await?);
+    manifests.sort();
+    manifests.dedup();
+    referrer::remove(tx, repository, digest).await?;
+    failpoint("delete.before_rows");
+    tx.execute(&REMOVE, &[(*id).into()]).await?;
+    failpoint("delete.after_rows");
+    for digest in &manifests {
+        lease::after_edge_to_manifest(tx, repository, digest, change.lease).await?;
+    }
+    for digest in &blobs {
+        lease::after_edge_to_blob(tx, repository, digest, change.lease).await?;
+    }
+    usage::add(tx, change.place, -(doomed.size as i64), -1).await?;
+    events.push(NewEvent {
+        kind: EventKind::ManifestDeleted,
+        repository: change.repository.clone(),
+        tag: None,
+        digest: digest.clone(),
+        previous: None,
+        media_type: doomed.media_type.clone(),
+        artifact_type: doomed.artifact_type.clone(),
+        subject: doomed.subject.clone(),
+    });
+    event::write(tx, &events, change.actor).await?;
+    collect::forget(tx, Kind::Manifest, repository, *id).await
 }
 
 fn digests(rows: &[Row]) -> Result<Vec<Digest>, Error> {
@@ -385,13 +428,25 @@ pub(crate) async fn share(
 /// Fills the edges that named a blob before it was there.
 pub(crate) async fn fill_blob_edges(
     tx: &mut Tx,
-    place: Place,
+    repository: i64,
     digest: &Digest,
     blob: i64,
 ) -> Result<(), Error> {
+    tx.execute(&FILL_BLOB, &[repository.into(), digest.into(), blob.into()])
+        .await
+        .map(drop)
+}
+
+/// Fills the edges that named a manifest before it was there.
+pub(crate) async fn fill_child_edges(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    manifest: i64,
+) -> Result<(), Error> {
     tx.execute(
-        &FILL_BLOB,
-        &[place.repository.into(), digest.into(), blob.into()],
+        &FILL_CHILD,
+        &[repository.into(), digest.into(), manifest.into()],
     )
     .await
     .map(drop)
@@ -420,6 +475,17 @@ pub(crate) async fn digest(tx: &mut Tx, manifest: i64) -> Result<Digest, Error> 
         .await?
         .ok_or_else(|| Error::Database("a tag points to no manifest".to_owned()))?
         .digest(0)
+}
+
+pub(crate) async fn id(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+) -> Result<Option<i64>, Error> {
+    tx.query_opt(&ID, &[repository.into(), digest.into()])
+        .await?
+        .map(|row| row.i64(0))
+        .transpose()
 }
 
 pub(crate) async fn body(tx: &mut Tx, manifest: i64) -> Result<Vec<u8>, Error> {

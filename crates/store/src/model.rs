@@ -5,9 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Descriptor, Digest, RepositoryName, Tag};
 
+use crate::blob::s3::RemoteBlob;
 use crate::clock::Timestamp;
+use crate::collect::GcOptions;
 
-/// Settings of an embedded store.
+/// Settings of a store.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long an uploaded blob is kept without a manifest (24 h).
@@ -22,6 +24,19 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// The collector.
+    pub gc: GcOptions,
+    /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
+    /// file system).
+    pub floor: Option<u64>,
+    /// Bytes per second that the scrub reads (8 MiB); 0 turns it off.
+    pub scrub_rate: u64,
+    /// The scrub reads everything once in this time (30 days).
+    pub scrub_period: Duration,
+    /// Which tags are kept (all).
+    pub retention: std::sync::Arc<crate::Retention>,
+    /// Connections to PostgreSQL at once, at most (16). One more waits for events.
+    pub database_connections: usize,
     /// Logical bytes that a namespace without a quota of its own may use (no limit).
     pub quota: Option<u64>,
     /// How long pull statistics are kept (90 days); zero keeps none.
@@ -38,6 +53,12 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            gc: GcOptions::default(),
+            floor: None,
+            scrub_rate: 8 << 20,
+            scrub_period: Duration::from_hours(30 * 24),
+            retention: std::sync::Arc::default(),
+            database_connections: 16,
             quota: None,
             pull_retention: Duration::from_hours(90 * 24),
             attempt_retention: Some(Duration::from_hours(400 * 24)),
@@ -82,6 +103,8 @@ pub enum BlobContent {
     Inline(Bytes),
     /// In a file of exactly `size` bytes, open for reading, immutable.
     File(std::fs::File),
+    /// In an object store, immutable.
+    Remote(RemoteBlob),
 }
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]
@@ -141,7 +164,7 @@ pub struct PutOutcome {
     pub subject: Option<Digest>,
     /// The manifest was not there before.
     pub created: bool,
-    /// The event number of the commit (0 when nothing changed).
+    /// The event number of the commit: 0 when nothing changed, and on PostgreSQL, where the sealer gives it later.
     pub event: i64,
 }
 /// A tag's state.
@@ -219,6 +242,8 @@ pub enum EventKind {
     TagUpdated,
     /// A tag was deleted.
     TagDeleted,
+    /// A repository was deleted with all that it held. The event names no manifest: its digest is that of nothing.
+    RepositoryDeleted,
 }
 /// An audit row.
 #[derive(Clone, Debug)]

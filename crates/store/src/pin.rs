@@ -14,7 +14,7 @@ use oci::{Digest, RepositoryName};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::Actor;
-use crate::sql::{Body, Row, Tx, statements};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 use crate::{audit, lease, manifest, repository};
 
@@ -325,6 +325,8 @@ struct Kept {
 impl Body for Replace {
     type Output = PinOutcome;
 
+    const KIND: WriteKind = WriteKind::Delete;
+
     async fn run(&self, tx: &mut Tx) -> Result<PinOutcome, Error> {
         let now = tx.now();
         let holder = self.holder.as_str();
@@ -449,6 +451,8 @@ struct Remove {
 impl Body for Remove {
     type Output = bool;
 
+    const KIND: WriteKind = WriteKind::Delete;
+
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let holder = self.holder.as_str();
         let version = tx
@@ -535,6 +539,8 @@ struct Expire {
 
 impl Body for Expire {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let now = tx.now();

@@ -12,7 +12,7 @@ use oci::{Digest, RepositoryName};
 
 use crate::clock::Timestamp;
 use crate::error::Error;
-use crate::sql::{Body, Tx, statements};
+use crate::sql::{Body, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 
 statements! {
@@ -238,6 +238,8 @@ struct Write(Arc<Vec<(Arc<Entry>, u64)>>);
 impl Body for Write {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         for (entry, count) in self.0.iter() {
             tx.execute(
@@ -262,6 +264,8 @@ struct Prune {
 
 impl Body for Prune {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&PRUNE, &[self.before.into()]).await.map(drop)

@@ -3,7 +3,11 @@
 //! One row per (repository, subject, referrer), written by three sources: a manifest's own `subject`; an index
 //! that somebody pushed under the referrers tag schema (`sha256-<hex>`); and an evidence tag of older clients
 //! (`sha256-<hex>.sig`, `.att`, `.sbom`), whose rows are edges that keep the evidence with its subject and
-//! are not listed. A row outlives the move of the tag that made it: evidence only grows.
+//! are not listed. A row outlives the move of the tag that made it: evidence only grows. It ends with its referrer,
+//! and that of an evidence tag when the tag is deleted.
+//!
+//! A row outlives its subject too, so that a subject that comes back finds its referrers. `subject_gone_at` tells a
+//! subject that was deleted from one that never came: referrers wait for the second one only.
 
 use oci::{Descriptor, Digest, Manifest, RepositoryName, Tag};
 
@@ -24,6 +28,11 @@ statements! {
             ORDER BY f.id LIMIT $5";
     OF_SUBJECT = "SELECT digest FROM referrer WHERE repository_id = $1 AND subject = $2 ORDER BY digest";
     REMOVE = "DELETE FROM referrer WHERE repository_id = $1 AND digest = $2";
+    SUBJECT_GONE = "UPDATE referrer SET subject_gone_at = $3 \
+                    WHERE repository_id = $1 AND subject = $2 AND subject_gone_at IS NULL";
+    SUBJECT_BACK = "UPDATE referrer SET subject_gone_at = NULL \
+                    WHERE repository_id = $1 AND subject = $2 AND subject_gone_at IS NOT NULL";
+    UNLINK_TAG = "DELETE FROM referrer WHERE repository_id = $1 AND subject = $2 AND digest = $3 AND source = 'tag'";
 }
 
 /// Links a manifest to the subject that it names.
@@ -99,12 +108,59 @@ async fn add(
     .map(drop)
 }
 
-/// The digests that are attached to a subject, from all sources.
-pub(crate) async fn of_subject(
+/// Ends the edge that an evidence tag made, unless another tag of the same subject makes it as well.
+pub(crate) async fn unlink_tag(
+    tx: &mut Tx,
+    repository: i64,
+    tag: &Tag,
+    digest: &Digest,
+    others: &[Tag],
+) -> Result<(), Error> {
+    let Some(subject) = tag.subject() else {
+        return Ok(());
+    };
+    if others
+        .iter()
+        .any(|other| other.subject().as_ref() == Some(&subject))
+    {
+        return Ok(());
+    }
+    tx.execute(
+        &UNLINK_TAG,
+        &[repository.into(), (&subject).into(), digest.into()],
+    )
+    .await
+    .map(drop)
+}
+
+/// Notes that a subject is gone and returns what is attached to it, from all sources.
+pub(crate) async fn subject_gone(
     tx: &mut Tx,
     repository: i64,
     subject: &Digest,
 ) -> Result<Vec<Digest>, Error> {
+    let now = tx.now();
+    tx.execute(
+        &SUBJECT_GONE,
+        &[repository.into(), subject.into(), now.into()],
+    )
+    .await?;
+    of_subject(tx, repository, subject).await
+}
+
+/// Notes that a subject is there.
+pub(crate) async fn subject_here(
+    tx: &mut Tx,
+    repository: i64,
+    subject: &Digest,
+) -> Result<(), Error> {
+    tx.execute(&SUBJECT_BACK, &[repository.into(), subject.into()])
+        .await
+        .map(drop)
+}
+
+/// The digests that are attached to a subject, from all sources.
+async fn of_subject(tx: &mut Tx, repository: i64, subject: &Digest) -> Result<Vec<Digest>, Error> {
     tx.query(&OF_SUBJECT, &[repository.into(), subject.into()])
         .await?
         .iter()

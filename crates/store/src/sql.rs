@@ -17,33 +17,55 @@ use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::clock::{Clock, Timestamp};
 use crate::error::Error;
+use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
-pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
+pub(crate) use postgres::{Listener, check as check_postgres};
+pub(crate) use sqlite::{
+    CHECKPOINT_BYTES, Pause, Sqlite, check as check_sqlite, map as sqlite_error, poll_once,
+    snapshot as sqlite_snapshot,
+};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value, encode_digest};
+pub(crate) use value::{Row, Value, decode_digest, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
-    Sqlite(sqlite::Sqlite),
+    Sqlite(Sqlite),
     Postgres(postgres::Postgres),
 }
 
 impl Db {
     /// Opens or makes the SQLite database at `path` and migrates it.
     pub(crate) fn open_sqlite(path: &Path, make: bool, context: Context) -> Result<Self, Error> {
-        sqlite::Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
+        Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
     }
 
-    /// Connects to PostgreSQL and migrates the schema.
-    pub(crate) async fn open_postgres(url: &str, context: Context) -> Result<Self, Error> {
-        postgres::Postgres::open(url, MIGRATIONS, context)
+    /// Connects to PostgreSQL with at most so many connections, and migrates the schema.
+    pub(crate) async fn open_postgres(
+        url: &str,
+        connections: usize,
+        context: Context,
+    ) -> Result<Self, Error> {
+        postgres::Postgres::open(url, connections, MIGRATIONS, context)
             .await
             .map(Self::Postgres)
+    }
+
+    /// How many other connections use a PostgreSQL database.
+    pub(crate) async fn others_on_postgres(url: &str) -> Result<u64, Error> {
+        postgres::Postgres::others(url).await
+    }
+
+    /// The engine of the embedded mode, for what only it can do.
+    pub(crate) fn embedded(&self) -> Option<&Sqlite> {
+        match self {
+            Self::Sqlite(sqlite) => Some(sqlite),
+            Self::Postgres(_) => None,
+        }
     }
 
     /// Runs one transaction. The answer comes after its COMMIT; an error of the body rolls it back.
@@ -80,11 +102,48 @@ impl Db {
         }
     }
 
+    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
+    /// need no open store ([`sqlite_snapshot`]).
+    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
+        }
+    }
+
+    /// Tells whether the database takes no writes because it follows another one.
+    pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(false),
+            Self::Postgres(postgres) => postgres.in_recovery().await,
+        }
+    }
+
+    /// Hears what other replicas announce on a channel; `None` where there are no others.
+    pub(crate) async fn listen(&self, channel: &str) -> Result<Option<Listener>, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.listen(channel).await.map(Some),
+        }
+    }
+
+    /// Whether events get their numbers after the COMMIT, by the sealer.
+    pub(crate) fn seals_events(&self) -> bool {
+        matches!(self, Self::Postgres(_))
+    }
+
+    /// Stops a database that this process must not go on with.
+    pub(crate) fn stop(&self, reason: &str) {
+        if let Self::Postgres(postgres) = self {
+            postgres.stop(reason);
+        }
+    }
+
     /// Waits until the database has stopped after a failure of its own.
     pub(crate) async fn stopped(&self) {
         match self {
             Self::Sqlite(sqlite) => sqlite.stopped().await,
-            Self::Postgres(_) => std::future::pending().await,
+            Self::Postgres(postgres) => postgres.stopped().await,
         }
     }
 
@@ -105,14 +164,28 @@ impl Db {
 pub(crate) struct Context {
     pub(crate) clock: Arc<Clock>,
     pub(crate) signal: Arc<watch::Sender<i64>>,
+    /// Whether users may write now.
+    pub(crate) gate: Arc<Gate>,
     /// Bytes that a namespace without a quota of its own may use.
     pub(crate) quota: Option<i64>,
+    /// Told of each COMMIT that left events without a number.
+    pub(crate) unsealed: Arc<Notify>,
 }
 
 impl Context {
+    pub(crate) fn new() -> Self {
+        Self {
+            clock: Arc::default(),
+            signal: Arc::new(watch::channel(0).0),
+            unsealed: Arc::default(),
+            gate: Arc::default(),
+            quota: None,
+        }
+    }
+
     /// Called after a COMMIT that wrote the event of this number: the commit itself wakes the readers,
     /// whether or not whoever asked for it still waits.
-    fn committed(&self, event: i64) {
+    pub(crate) fn committed(&self, event: i64) {
         if event > 0 {
             self.signal.send_if_modified(|newest| {
                 let higher = event > *newest;
@@ -127,7 +200,22 @@ impl Context {
 pub(crate) trait Body: Send + Sync + 'static {
     type Output: Send + 'static;
 
+    /// Who writes, and so whether it may run in a read-only mode.
+    const KIND: WriteKind = WriteKind::User;
+
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
+}
+
+/// Whose write a transaction is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteKind {
+    /// A caller's: refused in every read-only mode.
+    User,
+    /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
+    /// the mode was commanded.
+    Delete,
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    Maintenance,
 }
 
 /// A transaction that is running.
@@ -136,6 +224,7 @@ pub(crate) struct Tx {
     context: Context,
     now: Timestamp,
     event: i64,
+    unsealed: bool,
 }
 
 enum Connection {
@@ -151,7 +240,13 @@ impl Tx {
             context,
             now,
             event: 0,
+            unsealed: false,
         }
+    }
+
+    /// Whether it runs on PostgreSQL.
+    pub(crate) fn is_postgres(&self) -> bool {
+        matches!(self.connection, Connection::Postgres(_))
     }
 
     /// The time of this transaction.
@@ -164,6 +259,15 @@ impl Tx {
         self.context.clock.id()
     }
 
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends. On SQLite the one
+    /// writer does both.
+    pub(crate) async fn exclude_users(&mut self) -> Result<(), Error> {
+        match &mut self.connection {
+            Connection::Sqlite(_) => Ok(()),
+            Connection::Postgres(session) => session.exclude_users().await,
+        }
+    }
+
     /// The quota of namespaces that have none of their own, in bytes.
     pub(crate) fn default_quota(&self) -> Option<i64> {
         self.context.quota
@@ -172,6 +276,36 @@ impl Tx {
     /// Notes that this transaction wrote the event of this number, to be announced after its COMMIT.
     pub(crate) fn note_event(&mut self, number: i64) {
         self.event = self.event.max(number);
+    }
+
+    /// Whether events get their numbers after the COMMIT, by the sealer.
+    pub(crate) fn seals_events(&self) -> bool {
+        matches!(self.connection, Connection::Postgres(_))
+    }
+
+    /// Notes that this transaction wrote events without a number.
+    pub(crate) fn note_unsealed(&mut self) {
+        self.unsealed = true;
+    }
+
+    /// Waits until no other replica is at the work of this lock; it ends with the transaction. SQLite's one writer is
+    /// alone anyway.
+    pub(crate) async fn lock(&mut self, lock: Lock) -> Result<(), Error> {
+        if let Connection::Postgres(_) = self.connection {
+            self.query(&TAKE_LOCK, &[lock.key().into()]).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes the lock unless another replica is at its work; `false` then.
+    pub(crate) async fn try_lock(&mut self, lock: Lock) -> Result<bool, Error> {
+        match self.connection {
+            Connection::Sqlite(_) => Ok(true),
+            Connection::Postgres(_) => {
+                let rows = self.query(&TRY_LOCK, &[lock.key().into()]).await?;
+                rows.first().map_or(Ok(false), |row| Ok(row.i64(0)? != 0))
+            }
+        }
     }
 
     /// Runs a statement and returns its rows.
@@ -206,6 +340,33 @@ impl Tx {
             Connection::Postgres(session) => session.execute(statement, values).await,
         }
     }
+}
+
+/// Work that one replica does at a time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Lock {
+    /// Numbering events.
+    Events,
+    /// Sealing audit records.
+    Audit,
+    /// Folding and pruning.
+    Upkeep,
+}
+
+impl Lock {
+    /// Random numbers, so that other programs in the same database are not met.
+    fn key(self) -> i64 {
+        match self {
+            Self::Events => 6_129_484_611_666_145_821,
+            Self::Audit => 4_037_200_794_235_010_051,
+            Self::Upkeep => 1_976_235_410_884_491_574,
+        }
+    }
+}
+
+statements! {
+    TAKE_LOCK = "{postgres}SELECT CAST(pg_advisory_xact_lock($1) AS TEXT) AS done";
+    TRY_LOCK = "{postgres}SELECT CASE WHEN pg_try_advisory_xact_lock($1) THEN CAST(1 AS BIGINT) ELSE 0 END AS taken";
 }
 
 #[cfg(test)]

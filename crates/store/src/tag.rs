@@ -14,7 +14,7 @@ use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, Expected, TagMove, TagState, TagWrite};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Tx, statements};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::{audit, lease, manifest, referrer};
 
 statements! {
@@ -112,7 +112,7 @@ pub(crate) async fn set(
         referrer::link_tag(tx, repository, tag, target.digest, target.size, target.view).await?;
         if let Some(current) = &current {
             // I7: the tag was an edge of the manifest that it leaves.
-            lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+            lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
         }
         failpoint("tag.after_history");
         events.push(NewEvent {
@@ -141,16 +141,41 @@ pub(crate) async fn remove_all_of(
     media_type: &str,
     events: &mut Vec<NewEvent>,
 ) -> Result<(), Error> {
-    let mut names = Vec::new();
-    for row in tx.query(&OF_MANIFEST, &[manifest.into()]).await? {
-        names.push(row.parse::<Tag>(0)?);
-    }
-    for tag in names {
+    for tag in names_of(tx, manifest).await? {
         if let Some(current) = take(tx, change.place.repository, &tag).await? {
             remove(tx, change, &tag, &current, media_type, events).await?;
         }
     }
     Ok(())
+}
+
+/// Removes a tag that is still the one that was judged; `false` when it moved or is gone.
+pub(crate) async fn remove_unmoved(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tag: &Tag,
+    generation: i64,
+    digest: &Digest,
+    events: &mut Vec<NewEvent>,
+) -> Result<bool, Error> {
+    let Some(current) = take(tx, change.place.repository, tag).await? else {
+        return Ok(false);
+    };
+    if current.generation != generation || current.digest != *digest {
+        return Ok(false);
+    }
+    let media_type = manifest::media_type(tx, current.manifest).await?;
+    remove(tx, change, tag, &current, &media_type, events).await?;
+    Ok(true)
+}
+
+/// The tags that point to a manifest, locked.
+async fn names_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
+    tx.query(&OF_MANIFEST, &[manifest.into()])
+        .await?
+        .iter()
+        .map(|row| row.parse(0))
+        .collect()
 }
 
 async fn remove(
@@ -166,8 +191,12 @@ async fn remove(
     tx.execute(&REMOVE, &[repository.into(), tag.as_str().into()])
         .await?;
     add_history(tx, change, tag, current.generation + 1, None).await?;
+    if tag.subject().is_some() {
+        let others = names_of(tx, current.manifest).await?;
+        referrer::unlink_tag(tx, repository, tag, &current.digest, &others).await?;
+    }
     // I7: the tag was an edge of the manifest.
-    lease::renew_manifest(tx, repository, &current.digest, change.lease).await?;
+    lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
     failpoint("delete.after_rows");
     events.push(NewEvent {
         kind: EventKind::TagDeleted,
@@ -193,6 +222,7 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::ManifestUnknown(self.tag.as_str().to_owned());

@@ -3,6 +3,10 @@
 //! An upload's row exists before the first byte of its object (`I6`): the storage key is recorded when the body
 //! outgrows the row, before the file is made. The running hash state is stored with every recorded offset, so
 //! an upload goes on without its bytes being read again.
+//!
+//! In an object store the row names up to three objects: the one that a multipart upload will become, the one that
+//! holds the bytes after the last part (the tail), and the tail that is about to be written. Whatever of them does
+//! not become the blob goes out through the outbox, together with the multipart upload.
 
 pub(crate) mod claim;
 pub(crate) mod writer;
@@ -12,30 +16,44 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::{Algorithm, Digest, Hasher, RepositoryName};
 
-use crate::blob::{self, Content};
+use crate::blob::{self, Content, StorageKey};
 use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::{Actor, UploadId};
 use crate::repository;
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, Value, WriteKind, statements};
 
 statements! {
     ADD = "INSERT INTO upload (id, name, repository_id, algorithm, storage_key, body, size, hash_state, \
-               state_version, version, created_by, created_at, expires_at) \
-           VALUES ($1, $2, $3, $4, $5, $6, 0, $7, $8, 1, $9, $10, $11)";
+               state_version, version, created_by, created_at, expires_at, parts, next_tail_key) \
+           VALUES ($1, $2, $3, $4, $5, $6, 0, $7, $8, 1, $9, $10, $11, $12, $13)";
     FIND = "SELECT u.id, u.algorithm, u.storage_key, u.body, u.size, u.hash_state, u.state_version, u.version, \
-                u.created_by, u.expires_at \
+                u.created_by, u.expires_at, u.multipart, u.parts, u.tail_key \
             FROM upload u JOIN repository r ON r.id = u.repository_id WHERE u.name = $1 AND r.name = $2";
-    OFFSET = "SELECT u.size, u.expires_at FROM upload u JOIN repository r ON r.id = u.repository_id \
-              WHERE u.name = $1 AND r.name = $2";
-    SPILL = "UPDATE upload SET storage_key = $3, version = version + 1 WHERE id = $1 AND version = $2";
+    CLAIM = "UPDATE upload SET claimed_by = $3, claimed_until = $4, version = version + 1 \
+             WHERE name = $1 AND repository_id = (SELECT id FROM repository WHERE name = $2) \
+                 AND expires_at > $5 AND (claimed_until IS NULL OR claimed_until <= $5) \
+             RETURNING id, algorithm, storage_key, body, size, hash_state, state_version, version, \
+                 created_by, expires_at, multipart, parts, tail_key";
+    RENEW = "UPDATE upload SET claimed_until = $3 WHERE id = $1 AND claimed_by = $2";
+    RELEASE = "UPDATE upload SET claimed_by = NULL, claimed_until = NULL WHERE id = $1 AND claimed_by = $2";
+    OBJECTS = "SELECT storage_key, multipart, tail_key, next_tail_key FROM upload \
+               WHERE id = $1 AND version = $2 {for update}";
+    NAME_FILE = "UPDATE upload SET storage_key = $3, version = version + 1 WHERE id = $1 AND version = $2";
+    NAME_MULTIPART = "UPDATE upload SET storage_key = $3, multipart = NULL, parts = COALESCE(parts, ''), \
+                          version = version + 1 WHERE id = $1 AND version = $2";
+    NAME_TAIL = "UPDATE upload SET next_tail_key = $3, version = version + 1 WHERE id = $1 AND version = $2";
+    RECORD_MULTIPART = "UPDATE upload SET multipart = $3, version = version + 1 WHERE id = $1 AND version = $2";
     RECORD = "UPDATE upload SET size = $3, hash_state = $4, body = $5, expires_at = $6, version = version + 1 \
               WHERE id = $1 AND version = $2";
-    REMOVE_VERSION = "DELETE FROM upload WHERE id = $1 AND version = $2 RETURNING storage_key, repository_id";
-    REMOVE = "DELETE FROM upload WHERE id = $1 RETURNING storage_key, repository_id";
-    TAKE = "SELECT expires_at FROM upload WHERE id = $1 {for update}";
+    RECORD_PARTS = "UPDATE upload SET parts = $2, tail_key = $3, next_tail_key = NULL WHERE id = $1";
+    REMOVE_VERSION = "DELETE FROM upload WHERE id = $1 AND version = $2 \
+                      RETURNING storage_key, multipart, tail_key, next_tail_key, parts, repository_id";
+    REMOVE = "DELETE FROM upload WHERE id = $1 \
+              RETURNING storage_key, multipart, tail_key, next_tail_key, parts, repository_id";
+    TAKE = "SELECT expires_at, claimed_until, claimed_by FROM upload WHERE id = $1 {for update}";
     COUNT = "SELECT COUNT(*) FROM upload";
 }
 
@@ -50,7 +68,18 @@ pub(crate) struct Start {
     pub(crate) principal: String,
     pub(crate) expiry: Duration,
     /// The object that is about to be written, for a single POST that outgrew the row.
-    pub(crate) key: Option<String>,
+    pub(crate) object: Option<Object>,
+}
+
+/// An object that a row names before its first byte is written (`I6`).
+#[derive(Clone, Debug)]
+pub(crate) enum Object {
+    /// A file.
+    File(StorageKey),
+    /// What a multipart upload will become.
+    Multipart(StorageKey),
+    /// The bytes after the last part.
+    Tail(StorageKey),
 }
 
 impl Body for Start {
@@ -62,6 +91,13 @@ impl Body for Start {
         let (id, now) = (tx.id(), tx.now());
         let expires = now.plus(self.expiry);
         let body: Option<&[u8]> = Some(&[]);
+        let (mut key, mut parts, mut tail) = (None, None, None);
+        match &self.object {
+            None => {}
+            Some(Object::File(file)) => key = Some(file.as_str()),
+            Some(Object::Multipart(object)) => (key, parts) = (Some(object.as_str()), Some("")),
+            Some(Object::Tail(object)) => tail = Some(object.as_str()),
+        }
         tx.execute(
             &ADD,
             &[
@@ -69,13 +105,15 @@ impl Body for Start {
                 (&self.name.0).into(),
                 place.repository.into(),
                 self.algorithm.name().into(),
-                self.key.as_ref().into(),
+                key.into(),
                 body.into(),
                 Hasher::new(self.algorithm).state().into(),
                 STATE_VERSION.into(),
                 (&self.principal).into(),
                 now.into(),
                 expires.into(),
+                parts.into(),
+                tail.into(),
             ],
         )
         .await?;
@@ -90,6 +128,10 @@ pub(crate) struct Open {
     pub(crate) id: i64,
     pub(crate) version: i64,
     pub(crate) key: Option<String>,
+    /// The multipart upload that will become the object, its parts, and the object with the bytes after them.
+    pub(crate) multipart: Option<String>,
+    pub(crate) parts: Option<String>,
+    pub(crate) tail: Option<String>,
     /// The bytes, while they are in the row.
     pub(crate) body: Option<Vec<u8>>,
     pub(crate) size: u64,
@@ -129,11 +171,88 @@ fn open(row: &Row) -> Result<Open, Error> {
         id: row.i64(0)?,
         version: row.i64(7)?,
         key: row.opt_text(2)?,
+        multipart: row.opt_text(10)?,
+        parts: row.opt_text(11)?.filter(|parts| !parts.is_empty()),
+        tail: row.opt_text(12)?,
         body: row.opt_bytes(3)?,
         size: row.u64(4)?,
         hasher,
         principal: row.text(8)?,
     })
+}
+
+/// Claims an upload among replicas and tells what is recorded of it. `None`: another writer has it, or it is gone.
+/// The row's version rises, so whoever had it before can record nothing any more.
+pub(crate) struct ClaimRow {
+    pub(crate) repository: RepositoryName,
+    pub(crate) name: UploadId,
+    pub(crate) token: String,
+    pub(crate) span: Duration,
+}
+
+impl Body for ClaimRow {
+    type Output = Option<Open>;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Option<Open>, Error> {
+        let now = tx.now();
+        let row = tx
+            .query_opt(
+                &CLAIM,
+                &[
+                    (&self.name.0).into(),
+                    self.repository.as_str().into(),
+                    (&self.token).into(),
+                    now.plus(self.span).into(),
+                    now.into(),
+                ],
+            )
+            .await?;
+        row.as_ref().map(open).transpose()
+    }
+}
+
+/// Makes a claim last longer; `false` when it was lost.
+pub(crate) struct RenewClaim {
+    pub(crate) id: i64,
+    pub(crate) token: String,
+    pub(crate) span: Duration,
+}
+
+impl Body for RenewClaim {
+    type Output = bool;
+
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
+        let until = tx.now().plus(self.span);
+        let renewed = tx
+            .execute(
+                &RENEW,
+                &[self.id.into(), (&self.token).into(), until.into()],
+            )
+            .await?;
+        Ok(renewed > 0)
+    }
+}
+
+/// Gives a claim back.
+pub(crate) struct ReleaseClaim {
+    pub(crate) id: i64,
+    pub(crate) token: String,
+}
+
+impl Body for ReleaseClaim {
+    type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        release(tx, self.id, &self.token).await
+    }
+}
+
+async fn release(tx: &mut Tx, id: i64, token: &str) -> Result<(), Error> {
+    tx.execute(&RELEASE, &[id.into(), token.into()])
+        .await
+        .map(drop)
 }
 
 /// The recorded offset of an open upload.
@@ -144,30 +263,78 @@ pub(crate) async fn offset(
     now: Timestamp,
 ) -> Result<u64, Error> {
     let rows = db
-        .read(&OFFSET, &[(&id.0).into(), repository.as_str().into()])
+        .read(&FIND, &[(&id.0).into(), repository.as_str().into()])
         .await?;
     let row = rows.first().ok_or(Error::UploadUnknown)?;
-    if row.time(1)? <= now {
+    if row.time(9)? <= now {
         return Err(Error::UploadUnknown);
     }
-    row.u64(0)
+    row.u64(4)
 }
 
-/// Records the storage key of an upload that outgrew its row, before the file is made (`I6`).
-pub(crate) struct Spill {
+/// Names an object that is about to be written (`I6`). What the row named in its place before is not used any more
+/// and goes out through the outbox.
+pub(crate) struct NameObject {
     pub(crate) id: i64,
     pub(crate) version: i64,
-    pub(crate) key: String,
+    pub(crate) object: Object,
 }
 
-impl Body for Spill {
+impl Body for NameObject {
+    type Output = ();
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let row: [Value; 2] = [self.id.into(), self.version.into()];
+        let (statement, key) = match &self.object {
+            Object::File(key) => (&NAME_FILE, key),
+            Object::Multipart(key) => (&NAME_MULTIPART, key),
+            Object::Tail(key) => (&NAME_TAIL, key),
+        };
+        if !matches!(self.object, Object::File(_)) {
+            let before = tx
+                .query_opt(&OBJECTS, &row)
+                .await?
+                .ok_or(Error::UploadUnknown)?;
+            let due = tx.now().plus(LATE_WRITES);
+            if matches!(self.object, Object::Multipart(_)) {
+                if let Some(key) = before.opt_text(0)? {
+                    let multipart = before.opt_text(1)?.unwrap_or_default();
+                    collect::discard_multipart(tx, &key, &multipart, due).await?;
+                }
+            } else if let Some(key) = before.opt_text(3)? {
+                collect::discard(tx, &key, due).await?;
+            }
+        }
+        let [id, version] = row;
+        let changed = tx
+            .execute(statement, &[id, version, key.as_str().into()])
+            .await?;
+        if changed == 0 {
+            return Err(Error::UploadUnknown);
+        }
+        Ok(())
+    }
+}
+
+/// Records the id of the multipart upload, before its first part is sent.
+pub(crate) struct RecordMultipart {
+    pub(crate) id: i64,
+    pub(crate) version: i64,
+    pub(crate) multipart: String,
+}
+
+impl Body for RecordMultipart {
     type Output = ();
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let changed = tx
             .execute(
-                &SPILL,
-                &[self.id.into(), self.version.into(), (&self.key).into()],
+                &RECORD_MULTIPART,
+                &[
+                    self.id.into(),
+                    self.version.into(),
+                    (&self.multipart).into(),
+                ],
             )
             .await?;
         if changed == 0 {
@@ -185,6 +352,10 @@ pub(crate) struct Record {
     pub(crate) state: Vec<u8>,
     pub(crate) body: Option<Bytes>,
     pub(crate) expiry: Duration,
+    /// The parts, and the object that was named for the bytes after them, where they are in an object store.
+    pub(crate) parts: Option<(String, Option<StorageKey>)>,
+    /// The claim to give back.
+    pub(crate) release: Option<String>,
 }
 
 impl Body for Record {
@@ -208,6 +379,24 @@ impl Body for Record {
         failpoint("upload.in_record");
         if changed == 0 {
             return Err(Error::UploadUnknown);
+        }
+        if let Some((parts, tail)) = &self.parts {
+            let before = tx
+                .query_opt(&OBJECTS, &[self.id.into(), (self.version + 1).into()])
+                .await?
+                .ok_or(Error::UploadUnknown)?;
+            let due = tx.now().plus(LATE_WRITES);
+            let tail = tail.as_ref().map(StorageKey::as_str);
+            for key in [before.opt_text(2)?, before.opt_text(3)?] {
+                if let Some(key) = key.filter(|key| Some(key.as_str()) != tail) {
+                    collect::discard(tx, &key, due).await?;
+                }
+            }
+            tx.execute(&RECORD_PARTS, &[self.id.into(), parts.into(), tail.into()])
+                .await?;
+        }
+        if let Some(token) = &self.release {
+            release(tx, self.id, token).await?;
         }
         Ok(())
     }
@@ -236,12 +425,12 @@ impl Body for Commit {
                 .query_opt(&REMOVE_VERSION, &[id.into(), version.into()])
                 .await?
                 .ok_or(Error::UploadUnknown)?;
-            collect::forget(tx, Kind::Upload, gone.i64(1)?, id).await?;
-            let now = tx.now();
-            // A key whose object did not become the blob: the body fits the row after all.
-            if let (Some(key), Content::Inline(_)) = (gone.opt_text(0)?, &self.content) {
-                collect::discard(tx, &key, now).await?;
-            }
+            collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
+            let kept = match &self.content {
+                Content::Inline(_) => None,
+                Content::Object(key) => Some(key),
+            };
+            discard_objects(tx, &gone, kept).await?;
         }
         failpoint("commit.after_upload_row");
         blob::commit(
@@ -257,15 +446,27 @@ impl Body for Commit {
     }
 }
 
-/// Ends an upload without a blob: cancelled, wrong digest, failed sync. Its object goes out through the outbox.
+/// Ends an upload without a blob: cancelled, wrong digest, failed sync. Its objects go out through the outbox.
 pub(crate) struct Expire {
     pub(crate) id: i64,
+    /// The claim of whoever ends it, where claims are in the row.
+    pub(crate) claim: Option<String>,
 }
 
 impl Body for Expire {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        if self.claim.is_some() {
+            let row = tx
+                .query_opt(&TAKE, &[self.id.into()])
+                .await?
+                .ok_or(Error::UploadUnknown)?;
+            if row.opt_text(2)? != self.claim {
+                return Err(Error::UploadUnknown);
+            }
+        }
         if remove(tx, self.id).await? {
             Ok(())
         } else {
@@ -282,17 +483,19 @@ pub(crate) struct Collect {
 
 impl Body for Collect {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        let row = tx.query_opt(&TAKE, &[self.id.into()]).await?;
-        match row {
-            None => collect::forget(tx, Kind::Upload, self.repository, self.id).await,
-            Some(row) if row.time(0)? > tx.now() => {
-                let due = row.time(0)?;
-                collect::enqueue(tx, Kind::Upload, self.repository, self.id, due).await
-            }
-            Some(_) => remove(tx, self.id).await.map(drop),
+        let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {
+            return collect::forget(tx, Kind::Upload, self.repository, self.id).await;
+        };
+        // A writer on another replica keeps it, however old it is.
+        let due = row.i64(0)?.max(row.opt_i64(1)?.unwrap_or(i64::MIN));
+        if due > tx.now().0 {
+            let due = Timestamp(due);
+            return collect::enqueue(tx, Kind::Upload, self.repository, self.id, due).await;
         }
+        remove(tx, self.id).await.map(drop)
     }
 }
 
@@ -300,14 +503,36 @@ async fn remove(tx: &mut Tx, id: i64) -> Result<bool, Error> {
     let Some(gone) = tx.query_opt(&REMOVE, &[id.into()]).await? else {
         return Ok(false);
     };
-    let now = tx.now();
-    if let Some(key) = gone.opt_text(0)? {
-        collect::discard(tx, &key, now).await?;
-    }
-    collect::forget(tx, Kind::Upload, gone.i64(1)?, id).await?;
+    discard_objects(tx, &gone, None).await?;
+    collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
     Ok(true)
+}
+
+/// Sends every object that a removed row named to the outbox, but the one that became a blob.
+async fn discard_objects(tx: &mut Tx, gone: &Row, kept: Option<&StorageKey>) -> Result<(), Error> {
+    let now = tx.now();
+    let late = now.plus(LATE_WRITES);
+    let unused = |key: &String| kept.is_none_or(|kept| kept.as_str() != key);
+    if let Some(key) = gone.opt_text(0)?.filter(unused) {
+        match gone.opt_text(4)? {
+            Some(_) => {
+                let multipart = gone.opt_text(1)?.unwrap_or_default();
+                collect::discard_multipart(tx, &key, &multipart, late).await?;
+            }
+            None => collect::discard(tx, &key, now).await?,
+        }
+    }
+    for column in [2, 3] {
+        if let Some(key) = gone.opt_text(column)?.filter(unused) {
+            collect::discard(tx, &key, late).await?;
+        }
+    }
+    Ok(())
 }
 
 pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
     crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
 }
+
+/// A request to an object store that was given up may still be carried out. Deleting waits until it has been.
+const LATE_WRITES: Duration = Duration::from_mins(5);

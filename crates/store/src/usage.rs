@@ -19,7 +19,7 @@ use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::{Actor, Statistics};
 use crate::repository::{self, Place};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 use crate::{attempt, audit, blob, collect, pin, pull, tag, upload};
 
@@ -455,6 +455,7 @@ pub(crate) struct Fold;
 
 impl Body for Fold {
     type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         // In one order, so that replicas that fold at once never wait for each other in a circle.
@@ -517,6 +518,8 @@ struct MarkAll;
 impl Body for MarkAll {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&MARK_ALL, &[]).await.map(drop)
     }
@@ -526,6 +529,8 @@ struct Falsify(RepositoryName);
 
 impl Body for Falsify {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(place) = repository::find(tx, &self.0).await? else {
@@ -551,6 +556,8 @@ struct Recount;
 
 impl Body for Recount {
     type Output = bool;
+
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let Some(row) = tx.query_opt(&MARKED, &[]).await? else {

@@ -7,14 +7,13 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use oci::{Digest, Manifest};
-use tokio::sync::watch;
 
 use crate::audit;
-use crate::blob::file_system::{FileSystem, StorageKey};
-use crate::clock::Clock;
+use crate::blob::StorageKey;
+use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::model::VerifyReport;
@@ -48,9 +47,11 @@ statements! {
                 AND e.generation = (SELECT MAX(h.generation) FROM tag_event h \
                     WHERE h.repository_id = t.repository_id AND h.name = t.name) \
             WHERE (t.repository_id, t.name) > ($1, $2) ORDER BY t.repository_id, t.name LIMIT 256";
-    UPLOADS = "SELECT id, size, storage_key, body FROM upload WHERE id > $1 ORDER BY id LIMIT 64";
+    UPLOADS = "SELECT id, size, storage_key, body, parts FROM upload WHERE id > $1 ORDER BY id LIMIT 64";
     KNOWN = "SELECT storage_key FROM blob WHERE storage_key = $1 \
              UNION ALL SELECT storage_key FROM upload WHERE storage_key = $1 \
+             UNION ALL SELECT tail_key FROM upload WHERE tail_key = $1 \
+             UNION ALL SELECT next_tail_key FROM upload WHERE next_tail_key = $1 \
              UNION ALL SELECT storage_key FROM deletion WHERE storage_key = $1";
     UNUSED_QUEUE = "SELECT rb.repository_id, rb.blob_id FROM repository_blob rb WHERE \
                     NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'repository_blob' \
@@ -72,7 +73,7 @@ pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
         let listed = objects.list()?;
         let snapshot = || {
             check_present(&dir)?;
-            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), context())
+            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), Context::new())
         };
         let mut tx = snapshot()?;
         let mut report = VerifyReport {
@@ -80,7 +81,13 @@ pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
             ..VerifyReport::default()
         };
         let mut doubts = Vec::new();
-        sql::poll_once(check(&mut tx, &objects, listed, &mut report, &mut doubts))?;
+        sql::poll_once(check(
+            &mut tx,
+            Some(&objects),
+            listed,
+            &mut report,
+            &mut doubts,
+        ))?;
         drop(tx);
         if !doubts.is_empty() {
             let mut tx = snapshot()?;
@@ -102,7 +109,7 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
-        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), context())?;
+        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
         sql::poll_once(audit::verify(&mut tx))?
             .map_err(|problem| Error::damaged(&database, problem))
     })
@@ -122,25 +129,44 @@ fn check_present(dir: &Path) -> Result<(), Error> {
     }
 }
 
-fn context() -> Context {
-    Context {
-        clock: Arc::new(Clock::default()),
-        signal: Arc::new(watch::channel(0).0),
-        quota: None,
-    }
-}
-
-/// A blob whose object did not fit, to be looked at once more.
+/// A blob whose object did not fit, or was not looked at yet, to be looked at once more.
 pub(crate) struct Doubt {
     blob: i64,
     key: StorageKey,
-    problem: String,
+    digest: Digest,
+    size: u64,
+    pub(crate) problem: String,
 }
 
-/// All checks in one snapshot.
+/// Reads the objects of doubts that are not files, outside of any transaction, and keeps those that do not fit.
+pub(crate) async fn check_remote(
+    objects: &Objects,
+    doubts: Vec<Doubt>,
+    report: &mut VerifyReport,
+) -> Vec<Doubt> {
+    let mut kept = Vec::new();
+    for mut doubt in doubts {
+        let (key, digest) = (&doubt.key, &doubt.digest);
+        doubt.problem = match objects.digest(key, doubt.size, digest.algorithm()).await {
+            Ok(actual) if actual == *digest => {
+                report.bytes += doubt.size;
+                continue;
+            }
+            Ok(actual) => format!(
+                "object `{}` has digest `{actual}`, its blob is `{digest}`",
+                objects.describe(key).display()
+            ),
+            Err(error) => format!("blob `{digest}`: {error}"),
+        };
+        kept.push(doubt);
+    }
+    kept
+}
+
+/// All checks in one snapshot. Without `objects`, which are files, every blob outside of its row is a doubt.
 pub(crate) async fn check(
     tx: &mut Tx,
-    objects: &FileSystem,
+    objects: Option<&FileSystem>,
     listed: Vec<(PathBuf, Option<StorageKey>)>,
     report: &mut VerifyReport,
     doubts: &mut Vec<Doubt>,
@@ -173,7 +199,7 @@ pub(crate) async fn check(
             None => false,
         };
         // What went between the listing and the snapshot went with its row.
-        if !known && path.exists() {
+        if !known && (objects.is_none() || path.exists()) {
             report
                 .problems
                 .push(format!("`{}` belongs to nothing", path.display()));
@@ -184,7 +210,7 @@ pub(crate) async fn check(
 
 async fn check_blobs(
     tx: &mut Tx,
-    objects: &FileSystem,
+    objects: Option<&FileSystem>,
     report: &mut VerifyReport,
     doubts: &mut Vec<Doubt>,
 ) -> Result<(), Error> {
@@ -213,11 +239,16 @@ async fn check_blobs(
                             continue;
                         }
                     };
-                    match check_object(objects, &key, &digest, size) {
+                    let checked = objects.map_or(Err(String::new()), |files| {
+                        check_object(files, &key, &digest, size)
+                    });
+                    match checked {
                         Ok(()) => report.bytes += size,
                         Err(problem) => doubts.push(Doubt {
                             blob: last,
                             key,
+                            digest,
+                            size,
                             problem,
                         }),
                     }
@@ -396,7 +427,7 @@ async fn check_uploads(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Err
             // The object of an open upload is still being written; only the row can be checked.
             let sound = match (row.opt_text(2)?, row.opt_bytes(3)?) {
                 (_, Some(body)) => body.len() as u64 == size,
-                (key, None) => key.is_some(),
+                (key, None) => key.is_some() || row.opt_text(4)?.is_some(),
             };
             if !sound {
                 report

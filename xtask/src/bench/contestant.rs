@@ -90,6 +90,11 @@ impl Peer {
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
+
+    /// Its name and where it is.
+    pub(crate) fn place(&self) -> (&str, &Base) {
+        (&self.name, &self.base)
+    }
 }
 
 impl Contestant {

@@ -122,11 +122,22 @@ pub(crate) fn push_images(base: &Base, pushers: usize, time: Duration) -> anyhow
 /// Pushes one image as `tag`: POST and PUT for each blob, one after another, then the manifest.
 pub(crate) fn push_image(wire: &mut Wire, image: &Image, tag: &str) -> anyhow::Result<()> {
     for (digest, bytes) in &image.blobs {
-        let target = with_digest(&begin(wire, IMAGES)?, digest);
-        let (head, _) = wire.call("PUT", &target, OCTETS, bytes)?;
-        expect(&head, 201, "PUT of a layer")?;
+        push_known(wire, IMAGES, digest, bytes)?;
     }
     put_manifest(wire, &image.manifest, tag)
+}
+
+/// Pushes a small blob with POST and PUT, and gives back its digest.
+pub(crate) fn push_blob(wire: &mut Wire, repository: &str, bytes: &[u8]) -> anyhow::Result<String> {
+    let digest = e2e::digest(bytes);
+    push_known(wire, repository, &digest, bytes)?;
+    Ok(digest)
+}
+
+fn push_known(wire: &mut Wire, repository: &str, digest: &str, bytes: &[u8]) -> anyhow::Result<()> {
+    let target = with_digest(&begin(wire, repository)?, digest);
+    let (head, _) = wire.call("PUT", &target, OCTETS, bytes)?;
+    expect(&head, 201, "PUT of a blob")
 }
 
 fn put_manifest(wire: &mut Wire, manifest: &[u8], tag: &str) -> anyhow::Result<()> {
@@ -290,7 +301,7 @@ fn read_events(mut wire: Wire, sender: &mpsc::Sender<(Instant, String)>) -> anyh
 }
 
 /// Runs `count` threads and gives back what each came to, or the first error.
-fn all<T: Send>(
+pub(crate) fn all<T: Send>(
     count: usize,
     work: impl Fn(usize) -> anyhow::Result<T> + Sync,
 ) -> anyhow::Result<Vec<T>> {
@@ -335,7 +346,7 @@ fn with_digest(target: &str, digest: &str) -> String {
     format!("{target}{sign}digest={}", digest.replace(':', "%3A"))
 }
 
-fn expect(head: &Head, status: u16, what: &str) -> anyhow::Result<()> {
+pub(crate) fn expect(head: &Head, status: u16, what: &str) -> anyhow::Result<()> {
     ensure!(
         head.status == status,
         "{what}: status {}, expected {status}",

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::content::{LAYER, LAYERS};
 use super::contestant::OURS;
+use super::growth::Table;
 use super::load::{CONNECTIONS, Noticed};
 use super::{Arguments, MIB, MOVES, PUSHERS, Task};
 
@@ -15,6 +16,7 @@ use super::{Arguments, MIB, MOVES, PUSHERS, Task};
 pub(crate) struct Report {
     head: Value,
     pub(crate) sections: Vec<Section>,
+    pub(crate) growth: Vec<Table>,
     not_run: Vec<String>,
 }
 
@@ -85,12 +87,14 @@ impl Task {
                 cpu: "CPU ms/image",
                 per_cpu: (1.0, 1e-3),
             },
-            Self::Events => Units {
-                rate: "moves/s",
-                per_rate: 1.0,
-                cpu: "CPU ms/move",
-                per_cpu: (1.0, 1e-3),
-            },
+            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection | Self::Events => {
+                Units {
+                    rate: "moves/s",
+                    per_rate: 1.0,
+                    cpu: "CPU ms/move",
+                    per_cpu: (1.0, 1e-3),
+                }
+            }
         }
     }
 }
@@ -114,6 +118,7 @@ impl Report {
                 "seconds": arguments.seconds,
             }),
             sections: Vec::new(),
+            growth: Vec::new(),
             not_run: Vec::new(),
         }
     }
@@ -126,12 +131,13 @@ impl Report {
     /// Whether someone failed a task. Who was not run did not fail.
     pub(crate) fn failed(&self) -> bool {
         let mut entries = self.sections.iter().flat_map(|section| &section.entries);
-        entries.any(Entry::failed)
+        entries.any(Entry::failed) || self.growth.iter().any(Table::failed)
     }
 
     pub(crate) fn json(&self) -> Value {
         let mut value = self.head.clone();
         value["tasks"] = self.sections.iter().map(Section::json).collect();
+        value["growth"] = self.growth.iter().map(Table::json).collect();
         value["not_run"] = json!(self.not_run);
         value
     }
@@ -149,6 +155,12 @@ impl Report {
         );
         for section in &self.sections {
             section.write(&mut text);
+        }
+        for table in &self.growth {
+            table.write(&mut text);
+        }
+        if !self.growth.is_empty() {
+            text.push_str("  in parentheses: the ratio to the same contestant at its first size\n");
         }
         if !self.not_run.is_empty() {
             text.push('\n');
@@ -183,6 +195,7 @@ impl Section {
                 "pushes of images of {LAYERS} layers of {kib} KiB, {PUSHERS} pushers, for {seconds} s"
             ),
             Task::Events => format!("{MOVES} moves of a tag, until the event arrives"),
+            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection => String::new(),
         };
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         Self {
@@ -368,7 +381,7 @@ impl Entry {
 }
 
 /// The middle, or between the two in the middle; 0 of nothing.
-fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_unstable_by(f64::total_cmp);
     match (values.len(), values.len() / 2) {
@@ -468,6 +481,7 @@ mod tests {
                 load: String::new(),
                 entries: vec![failed],
             }],
+            growth: Vec::new(),
             not_run: vec!["nginx: not run: nginx is not installed".to_owned()],
         };
         assert!(report.failed());

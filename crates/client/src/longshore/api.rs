@@ -48,6 +48,23 @@ pub async fn delete(client: &Client, host: &str, path: &str) -> Result<(), Error
         .map(drop)
 }
 
+impl Client {
+    /// Calls `path` (`/api/v1/…`, with its query) of a registry of ours.
+    ///
+    /// # Errors
+    /// As [`get`].
+    pub async fn api(
+        &self,
+        host: &str,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Value, Error> {
+        let path = path.strip_prefix("/api/v1/").unwrap_or(path);
+        send(self, host, method, path, body).await
+    }
+}
+
 async fn send(
     client: &Client,
     host: &str,

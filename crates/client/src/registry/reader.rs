@@ -15,7 +15,7 @@ use crate::transport::Answer;
 /// It checks the length, which a registry cannot make longer than the descriptor says; the digest is
 /// checked by whoever sees all bytes.
 #[derive(Debug)]
-pub(crate) struct BlobReader {
+pub struct BlobReader {
     repository: Repository,
     digest: Digest,
     size: u64,
@@ -50,7 +50,11 @@ impl BlobReader {
     }
 
     /// More bytes; `None` at the end. Not cancel safe in that a wait before a new try begins anew.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the blob has another length than its descriptor says; what the connection says
+    /// when it breaks too often.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         loop {
             let Some(answer) = &mut self.answer else {
                 if self.position == self.size {

@@ -133,3 +133,150 @@ fn quotas_and_what_is_kept_of_reports() {
         assert!(message.contains(key), "{message}");
     }
 }
+
+#[test]
+fn without_settings_the_store_is_embedded() {
+    for text in [
+        "version: 1\n",
+        "version: 1\nstorage: {database: embedded}\n",
+    ] {
+        let config = load(text, &[]).unwrap();
+        assert_eq!(config.location, Location::embedded("/data"));
+    }
+}
+
+#[test]
+fn a_cluster_needs_no_data_directory() {
+    let config = load(
+        "version: 1\nstorage:\n  database: postgres://u:secret@db1,db2/longshore?sslmode=verify-full\n  \
+         database_connections: 8\n  objects: s3://team-registry/prod/\n  \
+         s3: {endpoint: 'https://s3.example.com/', region: eu-1, path_style: true}\n",
+        &[],
+    )
+    .unwrap();
+    assert_eq!(
+        config.location.objects,
+        ObjectLocation::S3(S3Location {
+            bucket: "team-registry".to_owned(),
+            prefix: "prod".to_owned(),
+            endpoint: Some("https://s3.example.com".to_owned()),
+            region: Some("eu-1".to_owned()),
+            path_style: true,
+            credentials: None,
+        })
+    );
+    assert!(matches!(
+        config.location.database,
+        DatabaseLocation::Postgres(_)
+    ));
+    assert_eq!(config.store.database_connections, 8);
+    assert!(!format!("{config:?}").contains("secret"));
+}
+
+#[test]
+fn pulls_are_redirected_by_network() {
+    let s3 = "version: 1\nstorage:\n  database: postgres://u@h/d\n  objects: s3://team-registry\n";
+    assert!(load(s3, &[]).unwrap().redirect.is_none());
+    let text = format!(
+        "{s3}  redirect: {{networks: [10.0.0.0/8, '2001:db8::/32'], ttl: 2h, except: {{strict_audit: ['secret/**']}}}}\n"
+    );
+    let config = load(&text, &[]).unwrap();
+    let redirect = config.redirect.unwrap();
+    assert_eq!(redirect.networks.len(), 2);
+    assert_eq!(redirect.ttl, Duration::from_hours(2));
+    assert_eq!(redirect.except.len(), 1);
+    // A URL that was handed out works to its end.
+    assert!(config.store.gc.read_grace >= redirect.ttl);
+    for (bad, hint) in [
+        (
+            format!("{s3}  redirect: {{networks: [10.0.0.1/8]}}\n"),
+            "networks",
+        ),
+        (
+            format!("{s3}  redirect: {{networks: ['::/0'], ttl: 5d}}\n"),
+            "ttl",
+        ),
+        (
+            format!("{s3}  redirect: {{ttl: 5m}}\n"),
+            "names no `networks`",
+        ),
+        (
+            "version: 1\nstorage: {redirect: {networks: [10.0.0.0/8]}}\n".to_owned(),
+            "object store",
+        ),
+    ] {
+        let error = format!("{:#}", load(&bad, &[]).unwrap_err());
+        assert!(error.contains(hint), "{error}");
+    }
+}
+
+#[test]
+fn the_connection_string_comes_from_a_file_or_the_environment() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("database");
+    std::fs::write(&file, "postgres://u:secret@h/d\n").unwrap();
+    let expected = DatabaseLocation::Postgres("postgres://u:secret@h/d".to_owned());
+    let named = format!(
+        "version: 1\nstorage: {{database_file: {}}}\n",
+        file.display()
+    );
+    assert_eq!(load(&named, &[]).unwrap().location.database, expected);
+    let variable = [("LONGSHORE_STORAGE__DATABASE", "postgres://u:secret@h/d")];
+    let config = load("version: 1\n", &variable).unwrap();
+    assert_eq!(config.location.database, expected);
+    let (message, _) = refused(&named, &variable);
+    assert!(message.contains("exclude"), "{message}");
+}
+
+#[test]
+fn a_wrong_location_is_refused_without_its_password() {
+    for (storage, says) in [
+        ("{database: 'mysql://u:secret@h/d'}", "embedded"),
+        (
+            "{database: 'postgres://u:secret@h/d?sslmode=sure'}",
+            "sslmode",
+        ),
+        ("{database: 'postgres://u:secret@h:port/d'}", "port"),
+        ("{database: [secret]}", "string"),
+        ("{database_file: /no/such/secret-less/file}", "cannot read"),
+        ("{database_connections: 1}", "between"),
+        ("{objects: relative/path}", "absolute"),
+        ("{objects: 's3://x'}", "bucket"),
+        (
+            "{objects: 's3://bucket', s3: {endpoint: s3.example.com}}",
+            "URL",
+        ),
+        ("{s3: {region: eu}}", "no bucket"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\nstorage: {storage}\n"), &[]);
+        assert!(message.contains(says), "{storage}: {message}");
+        assert!(
+            !message.contains("secret@") && !message.contains("[secret]"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn a_backup_needs_a_place() {
+    assert_eq!(load("version: 1\n", &[]).unwrap().backup, None);
+    let config = load(
+        "version: 1\nbackup: {directory: /b, every: 10s, keep: 30d}\n",
+        &[],
+    )
+    .unwrap();
+    let options = config.backup.unwrap();
+    assert_eq!(options.directory, Path::new("/b"));
+    assert_eq!(options.every, Duration::from_secs(10));
+    assert_eq!(options.keep, Duration::from_hours(30 * 24));
+    assert!(!options.link);
+    for (text, wanted) in [
+        ("{every: 10s}", "directory"),
+        ("{directory: b}", "absolute"),
+        ("{directory: /b, every: 0s}", "backup.every"),
+        ("{directory: /b, keep: x}", "backup.keep"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\nbackup: {text}\n"), &[]);
+        assert!(message.contains(wanted), "{message}");
+    }
+}

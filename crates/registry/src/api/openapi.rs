@@ -7,6 +7,7 @@ pub(crate) fn document() -> Value {
     let mut document = base();
     let modules = [
         super::attempts::paths(),
+        super::mode::paths(),
         super::pins::paths(),
         super::storage::paths(),
     ];

@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream::{BoxStream, Stream};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use store::RemoteStream;
 use tokio::task::JoinHandle;
 
 use crate::serve::log::Record;
@@ -26,6 +27,7 @@ pub(crate) struct Body {
 enum Inner {
     Bytes(Bytes),
     File(FileBody),
+    Remote(RemoteBody),
     Stream(BoxStream<'static, Bytes>),
 }
 
@@ -49,6 +51,21 @@ impl Body {
             end: range.end,
             since_yield: 0,
             reading: None,
+            kept: Vec::with_capacity(KEPT),
+        }))
+    }
+
+    /// A range of an object of an object store. It ends with all of its bytes or breaks the connection off.
+    pub(crate) fn remote(stream: RemoteStream) -> Self {
+        Self::of(Inner::Remote(RemoteBody {
+            left: stream.remaining(),
+            bytes: Box::pin(futures_util::stream::try_unfold(
+                stream,
+                |mut stream| async move {
+                    let bytes = stream.next().await.map_err(io::Error::other)?;
+                    Ok(bytes.map(|bytes| (bytes, stream)))
+                },
+            )),
         }))
     }
 
@@ -62,6 +79,7 @@ impl Body {
         match &self.inner {
             Inner::Bytes(bytes) => Some(bytes.len() as u64),
             Inner::File(file) => Some(file.end - file.position),
+            Inner::Remote(remote) => Some(remote.left),
             Inner::Stream(_) => None,
         }
     }
@@ -94,6 +112,7 @@ impl HttpBody for Body {
             Inner::Bytes(bytes) if bytes.is_empty() => None,
             Inner::Bytes(bytes) => Some(Ok(std::mem::take(bytes))),
             Inner::File(file) => ready!(file.poll_next(cx)),
+            Inner::Remote(remote) => ready!(remote.poll_next(cx)),
             Inner::Stream(stream) => ready!(Pin::new(stream).poll_next(cx)).map(Ok),
         };
         if let Some(Ok(bytes)) = &next {
@@ -128,6 +147,9 @@ struct FileBody {
     end: u64,
     since_yield: usize,
     reading: Option<JoinHandle<io::Result<Bytes>>>,
+    /// Pieces that were given out. One that nobody else has any more is read into again: a new buffer would have
+    /// to be cleared first.
+    kept: Vec<Bytes>,
 }
 
 impl FileBody {
@@ -152,8 +174,17 @@ impl FileBody {
             return Poll::Pending;
         }
         let wanted = usize::try_from(self.end - self.position).map_or(PIECE, |n| n.min(PIECE));
-        match read(&self.file, self.position, wanted, ReadWriteFlags::NOWAIT) {
-            Ok(bytes) => Poll::Ready(Some(self.took(bytes))),
+        let mut buffer = self.buffer(wanted);
+        match read(
+            &self.file,
+            self.position,
+            &mut buffer,
+            ReadWriteFlags::NOWAIT,
+        ) {
+            Ok(count) => {
+                buffer.truncate(count);
+                Poll::Ready(Some(self.took(buffer.freeze())))
+            }
             Err(error)
                 if WOULD_WAIT
                     .iter()
@@ -161,7 +192,9 @@ impl FileBody {
             {
                 let (file, position) = (Arc::clone(&self.file), self.position);
                 self.reading = Some(tokio::task::spawn_blocking(move || {
-                    read(&file, position, wanted, ReadWriteFlags::empty())
+                    let count = read(&file, position, &mut buffer, ReadWriteFlags::empty())?;
+                    buffer.truncate(count);
+                    Ok(buffer.freeze())
                 }));
                 self.poll_next(cx)
             }
@@ -178,29 +211,63 @@ impl FileBody {
         }
         self.position += bytes.len() as u64;
         self.since_yield += bytes.len();
+        if self.kept.len() < KEPT {
+            self.kept.push(bytes.clone());
+        }
         Ok(bytes)
+    }
+
+    /// A buffer of this length: one that was sent, or a new one.
+    fn buffer(&mut self, wanted: usize) -> BytesMut {
+        let free = self.kept.iter().position(Bytes::is_unique);
+        let reused = free.and_then(|index| self.kept.swap_remove(index).try_into_mut().ok());
+        match reused {
+            Some(mut buffer) => {
+                buffer.resize(wanted, 0);
+                buffer
+            }
+            None => BytesMut::zeroed(wanted),
+        }
     }
 }
 
-fn read(file: &File, position: u64, wanted: usize, flags: ReadWriteFlags) -> io::Result<Bytes> {
-    let mut buffer = BytesMut::zeroed(wanted);
-    let count = loop {
-        match preadv2(
-            file,
-            &mut [io::IoSliceMut::new(&mut buffer)],
-            position,
-            flags,
-        ) {
-            Err(Errno::INTR) => {}
-            other => break other?,
+/// The bytes of an object store as they come.
+struct RemoteBody {
+    bytes: BoxStream<'static, io::Result<Bytes>>,
+    left: u64,
+}
+
+impl RemoteBody {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        let next = ready!(self.bytes.as_mut().poll_next(cx));
+        if let Some(Ok(bytes)) = &next {
+            self.left = self.left.saturating_sub(bytes.len() as u64);
         }
-    };
-    buffer.truncate(count);
-    Ok(buffer.freeze())
+        if let Some(Err(error)) = &next {
+            tracing::warn!(%error, "a blob could not be sent whole");
+        }
+        Poll::Ready(next)
+    }
+}
+
+fn read(
+    file: &File,
+    position: u64,
+    buffer: &mut BytesMut,
+    flags: ReadWriteFlags,
+) -> io::Result<usize> {
+    loop {
+        match preadv2(file, &mut [io::IoSliceMut::new(buffer)], position, flags) {
+            Err(Errno::INTR) => {}
+            other => return Ok(other?),
+        }
+    }
 }
 
 /// One read; it fits the second-level cache.
 const PIECE: usize = 256 * 1024;
+/// Pieces that may be on their way at once and are used again.
+const KEPT: usize = 4;
 /// After this many bytes without a wait the task lets others run.
 const YIELD: usize = 1024 * 1024;
 /// The page is not resident, or the file system does not know `RWF_NOWAIT`.

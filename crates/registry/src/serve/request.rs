@@ -125,7 +125,7 @@ async fn dispatch(call: &mut Call, route: &mut &'static str) -> Result<Response<
                 Ok(()) if call.context.stopping.is_cancelled() => {
                     plain(StatusCode::SERVICE_UNAVAILABLE, "stopping\n")
                 }
-                Ok(()) => plain(StatusCode::OK, "ok\n"),
+                Ok(()) => plain(StatusCode::OK, readiness(&call.context.store).await),
                 Err(error) => {
                     tracing::warn!(error = crate::error::chain(&error), "not ready");
                     plain(
@@ -193,7 +193,15 @@ fn request_id(head: &http::request::Parts) -> String {
         )
 }
 
-fn plain(status: StatusCode, text: &'static str) -> Response<Body> {
+/// Reads go on in a read-only mode, so the server is ready; the body tells of the mode.
+async fn readiness(store: &store::Store) -> String {
+    match store.mode().await.ok().and_then(|mode| mode.reason()) {
+        Some(reason) => format!("ok, read-only: {reason}\n"),
+        None => "ok\n".to_owned(),
+    }
+}
+
+fn plain(status: StatusCode, text: impl Into<bytes::Bytes>) -> Response<Body> {
     let mut response = Response::new(Body::full(text));
     *response.status_mut() = status;
     response.headers_mut().insert(

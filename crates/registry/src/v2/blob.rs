@@ -3,11 +3,11 @@
 
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_RANGE,
-    RANGE,
+    LOCATION, RANGE,
 };
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use oci::{Digest, RepositoryName};
-use store::BlobContent;
+use store::{Blob, BlobContent};
 
 use crate::error::{Refusal, etag};
 use crate::serve::body::Body;
@@ -59,6 +59,9 @@ pub(crate) async fn get(
             .with(CONTENT_RANGE, header(&format!("bytes */{}", blob.size))?));
         }
     };
+    if let Some(elsewhere) = delegate(call, name, digest, &blob, range.end - range.start).await? {
+        return Ok(elsewhere);
+    }
     response
         .headers_mut()
         .insert(CONTENT_LENGTH, HeaderValue::from(range.end - range.start));
@@ -73,8 +76,44 @@ pub(crate) async fn get(
             Body::full(bytes.slice(start..end))
         }
         BlobContent::File(file) => Body::file(file, range),
+        // The first answer of the object store comes before ours, so that it can still be a failure.
+        BlobContent::Remote(remote) => Body::remote(remote.stream(range).await?),
     };
     Ok(response)
+}
+
+/// Sends a client of certain networks to the object store (307), where the blob is in one. What it is told there is
+/// good for a while, so nobody may keep this answer.
+async fn delegate(
+    call: &Call,
+    name: &RepositoryName,
+    digest: &Digest,
+    blob: &Blob,
+    bytes: u64,
+) -> Result<Option<Response<Body>>, Refusal> {
+    let Some(redirect) = &call.context.settings.redirect else {
+        return Ok(None);
+    };
+    if !redirect.applies(call.peer.ip(), name) {
+        return Ok(None);
+    }
+    let url = match blob.presign(redirect.ttl).await {
+        Ok(Some(url)) => url,
+        Ok(None) => return Ok(None),
+        Err(error) => {
+            tracing::warn!(%error, "a pull cannot be sent to the object store, it is served from here");
+            return Ok(None);
+        }
+    };
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    let headers = response.headers_mut();
+    headers.insert(LOCATION, header(&url)?);
+    headers.insert(CONTENT_DIGEST, header(&digest.to_string())?);
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
+    call.context.metrics.delegated(bytes);
+    Ok(Some(response))
 }
 
 /// `HEAD /v2/<name>/blobs/<digest>` (end-2). Told to a principal with push right, "exists" keeps the

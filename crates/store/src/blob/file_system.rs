@@ -42,6 +42,11 @@ impl StorageKey {
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// `o/<2 hex>/<2 hex>/<key>`.
+    pub(crate) fn place(&self) -> String {
+        format!("o/{}/{}/{}", &self.0[..2], &self.0[2..4], self.0)
+    }
 }
 
 /// The objects of a data directory.
@@ -135,12 +140,19 @@ impl FileSystem {
         sync_directory(&self.parent(key))
     }
 
-    /// Removes objects, durably. What is gone already is no error.
+    /// Removes an object, durably. What is gone already is no error, but whoever removed it may have been cut
+    /// off before that was durable, so the directory is synced then, too.
     pub(crate) fn remove(&self, key: &StorageKey) -> Result<(), Error> {
         let path = self.path(key);
         match std::fs::remove_file(&path) {
             Ok(()) => sync_directory(&self.parent(key)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                match sync_directory(&self.parent(key)) {
+                    // Nothing was ever below it.
+                    Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
+                    other => other,
+                }
+            }
             Err(error) => Err(Error::io("remove", &path, error)),
         }
     }
@@ -181,7 +193,7 @@ impl FileSystem {
     }
 
     /// Makes the directory of a key, durably, once in the life of this process.
-    fn make_parent(&self, key: &StorageKey) -> Result<(), Error> {
+    pub(crate) fn make_parent(&self, key: &StorageKey) -> Result<(), Error> {
         let name = &key.0[..4];
         if self.durable().contains(name) {
             return Ok(());

@@ -1,16 +1,23 @@
 //! Schema versions. One DDL file per engine and version; both must give the same columns.
+//!
+//! Versions expand and contract. A step that only adds can be applied while replicas of the previous program run, so
+//! two numbers are kept in `meta`: `schema_expanded` is the newest step that was applied, and `schema` is the contract:
+//! the oldest schema that a program must know to work on this database. A program refuses a contract that is newer than
+//! itself, and takes an expanded schema as it is.
 
 use std::path::{Path, PathBuf};
 
-use rusqlite::OptionalExtension;
 use tokio_postgres::Client;
 
 use crate::error::Error;
+use crate::failpoint::failpoint;
 
 /// One step of the schema.
 pub(crate) struct Migration {
     /// The version that this step leads to.
     pub(crate) version: i64,
+    /// The oldest schema whose programs still work after this step: below `version` when it only adds.
+    pub(crate) oldest: i64,
     pub(crate) sqlite: &'static str,
     pub(crate) postgres: &'static str,
 }
@@ -19,15 +26,73 @@ pub(crate) struct Migration {
 pub(crate) const MIGRATIONS: &[Migration] = &[
     Migration {
         version: 1,
+        oldest: 1,
         sqlite: include_str!("schema/sqlite/0001.sql"),
         postgres: include_str!("schema/postgres/0001.sql"),
     },
     Migration {
         version: 2,
+        oldest: 1,
         sqlite: include_str!("schema/sqlite/0002.sql"),
         postgres: include_str!("schema/postgres/0002.sql"),
     },
 ];
+
+/// Where a database stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Standing {
+    /// The oldest schema that a program must know.
+    contract: i64,
+    /// The newest step that was applied.
+    expanded: i64,
+}
+
+impl Standing {
+    const EMPTY: Self = Self {
+        contract: 0,
+        expanded: 0,
+    };
+
+    /// By the two values of `meta`. The first program wrote only one.
+    fn of(place: &Path, schema: Option<&str>, expanded: Option<&str>) -> Result<Self, Error> {
+        let number = |text: &str| text.parse::<i64>().ok().filter(|number| *number > 0);
+        let contract = schema
+            .and_then(number)
+            .ok_or_else(|| Error::damaged(place, "it has no schema version"))?;
+        let expanded = match expanded {
+            None => contract,
+            Some(text) => number(text)
+                .ok_or_else(|| Error::damaged(place, "it has no schema version"))?
+                .max(contract),
+        };
+        Ok(Self { contract, expanded })
+    }
+
+    /// The steps to apply and where they lead.
+    fn ahead(self, steps: &[Migration]) -> (Vec<&Migration>, Self) {
+        let ahead: Vec<_> = steps
+            .iter()
+            .filter(|step| step.version > self.expanded)
+            .collect();
+        let after = ahead.iter().fold(self, |standing, step| Self {
+            contract: standing.contract.max(step.oldest),
+            expanded: step.version,
+        });
+        (ahead, after)
+    }
+
+    fn check(self, place: &Path, steps: &[Migration]) -> Result<(), Error> {
+        let known = steps.last().map_or(0, |step| step.version);
+        if self.contract > known {
+            return Err(Error::Newer {
+                dir: place.parent().unwrap_or(place).to_owned(),
+                found: self.contract,
+                known,
+            });
+        }
+        Ok(())
+    }
+}
 
 /// Brings the file to the newest version. An existing file is first copied beside itself.
 pub(super) fn migrate_sqlite(
@@ -37,7 +102,6 @@ pub(super) fn migrate_sqlite(
     migrations: &[Migration],
 ) -> Result<(), Error> {
     let map = super::sqlite::map;
-    let known = migrations.last().map_or(0, |step| step.version);
     let present: bool = connection
         .query_row(
             "SELECT COUNT(*) > 0 FROM sqlite_schema WHERE type = 'table' AND name = 'meta'",
@@ -46,38 +110,47 @@ pub(super) fn migrate_sqlite(
         )
         .map_err(map)?;
     let found = if present {
-        let text: Option<String> = connection
-            .query_row("SELECT value FROM meta WHERE key = 'schema'", [], |row| {
-                row.get(0)
-            })
-            .optional()
+        let (schema, expanded): (Option<String>, Option<String>) = connection
+            .query_row(STANDING, [], |row| Ok((row.get(0)?, row.get(1)?)))
             .map_err(map)?;
-        parse(path, text.as_deref())?
+        Standing::of(path, schema.as_deref(), expanded.as_deref())?
     } else if make {
-        0
+        Standing::EMPTY
     } else {
         return Err(Error::damaged(
             path,
             "it holds no tables, restore the directory from a backup",
         ));
     };
-    check_version(path, found, known)?;
-    if found == known {
+    found.check(path, migrations)?;
+    let (ahead, after) = found.ahead(migrations);
+    if ahead.is_empty() {
         return Ok(());
     }
-    if found > 0 {
-        copy(connection, path, known)?;
+    if found != Standing::EMPTY {
+        failpoint("migrate.before_copy");
+        copy(connection, path, after.expanded)?;
+        failpoint("migrate.after_copy");
     }
     let tx = connection.transaction().map_err(map)?;
-    for step in migrations.iter().filter(|step| step.version > found) {
+    for step in ahead {
         tx.execute_batch(step.sqlite).map_err(map)?;
+        failpoint("migrate.after_step");
     }
-    tx.execute(
-        "INSERT INTO meta (key, value) VALUES ('schema', ?1) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-        [known.to_string()],
-    )
-    .map_err(map)?;
-    tx.commit().map_err(map)
+    for (key, version) in [
+        ("schema", after.contract),
+        ("schema_expanded", after.expanded),
+    ] {
+        tx.execute(
+            "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            [key, &version.to_string()],
+        )
+        .map_err(map)?;
+    }
+    failpoint("migrate.before_commit");
+    tx.commit().map_err(map)?;
+    failpoint("migrate.after_commit");
+    Ok(())
 }
 
 /// Copies the database with everything that its log holds to `meta.db.before-<version>`, durably.
@@ -116,60 +189,62 @@ pub(super) async fn migrate_postgres(
     client: &Client,
     migrations: &[Migration],
 ) -> Result<(), Error> {
-    let place = Path::new("postgres");
-    let known = migrations.last().map_or(0, |step| step.version);
-    let run = async {
-        client
-            .batch_execute("BEGIN; SELECT pg_advisory_xact_lock(5577006791947779410)")
-            .await?;
-        let present = client
-            .query_one(
-                "SELECT COUNT(*) FROM information_schema.tables \
-                 WHERE table_schema = current_schema() AND table_name = 'meta'",
-                &[],
-            )
-            .await?
-            .get::<_, i64>(0)
-            > 0;
-        let text = if present {
-            client
-                .query_opt("SELECT value FROM meta WHERE key = 'schema'", &[])
-                .await?
-                .map(|row| row.get::<_, String>(0))
-        } else {
-            Some("0".to_owned())
-        };
-        Ok::<_, tokio_postgres::Error>(text)
-    };
-    let text = run.await.map_err(|error| super::postgres::map(&error))?;
-    let found = parse(place, text.as_deref())?;
-    check_version(place, found, known)?;
-    let run = async {
-        for step in migrations.iter().filter(|step| step.version > found) {
-            client.batch_execute(step.postgres).await?;
-        }
-        client
-            .batch_execute(&format!(
-                "INSERT INTO meta (key, value) VALUES ('schema', '{known}') \
-                 ON CONFLICT (key) DO UPDATE SET value = excluded.value; COMMIT"
-            ))
-            .await
-    };
-    run.await.map_err(|error| super::postgres::map(&error))
-}
-
-fn parse(path: &Path, text: Option<&str>) -> Result<i64, Error> {
-    text.and_then(|text| text.parse().ok())
-        .ok_or_else(|| Error::damaged(path, "it has no schema version"))
-}
-
-fn check_version(path: &Path, found: i64, known: i64) -> Result<(), Error> {
-    if found > known {
-        return Err(Error::Newer {
-            dir: path.parent().unwrap_or(path).to_owned(),
-            found,
-            known,
-        });
+    let place = Path::new("the PostgreSQL database");
+    let map = super::postgres::map;
+    // Most starts find nothing to do, and a server that takes no writes can be looked at.
+    let found = standing(client, place).await?;
+    found.check(place, migrations)?;
+    if found.ahead(migrations).0.is_empty() {
+        return Ok(());
     }
+    // Changes of tables wait for transactions of running replicas, and everybody else waits for them: not for long.
+    client
+        .batch_execute(
+            "BEGIN; SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0; \
+             SELECT pg_advisory_xact_lock(5577006791947779410); SET LOCAL lock_timeout = '5s'",
+        )
+        .await
+        .map_err(map)?;
+    // Whoever had the lock before may have done it.
+    let found = standing(client, place).await?;
+    found.check(place, migrations)?;
+    let (ahead, after) = found.ahead(migrations);
+    for step in ahead {
+        client.batch_execute(step.postgres).await.map_err(map)?;
+        failpoint("migrate.after_step");
+    }
+    failpoint("migrate.before_commit");
+    client
+        .batch_execute(&format!(
+            "INSERT INTO meta (key, value) VALUES ('schema', '{}'), ('schema_expanded', '{}') \
+             ON CONFLICT (key) DO UPDATE SET value = excluded.value; COMMIT",
+            after.contract, after.expanded
+        ))
+        .await
+        .map_err(map)?;
+    failpoint("migrate.after_commit");
     Ok(())
 }
+
+async fn standing(client: &Client, place: &Path) -> Result<Standing, Error> {
+    let map = super::postgres::map;
+    let present = client
+        .query_one(
+            "SELECT COUNT(*) FROM information_schema.tables \
+             WHERE table_schema = current_schema() AND table_name = 'meta'",
+            &[],
+        )
+        .await
+        .map_err(map)?
+        .get::<_, i64>(0)
+        > 0;
+    if !present {
+        return Ok(Standing::EMPTY);
+    }
+    let row = client.query_one(STANDING, &[]).await.map_err(map)?;
+    let (schema, expanded): (Option<String>, Option<String>) = (row.get(0), row.get(1));
+    Standing::of(place, schema.as_deref(), expanded.as_deref())
+}
+
+const STANDING: &str = "SELECT (SELECT value FROM meta WHERE key = 'schema'), \
+    (SELECT value FROM meta WHERE key = 'schema_expanded')";

@@ -1,60 +1,56 @@
 //! The PostgreSQL engine: a bounded pool of sessions, transactions at READ COMMITTED that are repeated
-//! after a conflict.
+//! after a conflict or the loss of their session.
 //!
 //! READ COMMITTED is weaker than SQLite's one writer, so every read that a write depends on takes a row
-//! lock or is backed by a constraint.
+//! lock or is backed by a constraint. A transaction is repeated only when it is known not to have happened; where
+//! the connection died during COMMIT the database is asked first (see [`session`]).
 
-use std::collections::HashMap;
-use std::error::Error as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod fault;
+mod pool;
+mod session;
+mod settings;
+mod tls;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_postgres::error::SqlState;
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Client, NoTls};
 
 use super::migration::Migration;
 use super::{Body, Connection, Context, Row, Statement, Tx, Value};
 use crate::error::Error;
+use crate::failpoint::failpoint;
+use fault::{Failure, Fault, unavailable};
+use pool::{Pool, Raw};
+use session::{CONTROL_LIMIT, End, fence, limited};
+
+pub(crate) use session::Session;
 
 pub(crate) struct Postgres {
     pool: Arc<Pool>,
     context: Context,
-}
-
-struct Pool {
-    url: String,
-    idle: Mutex<Vec<Session>>,
-    permits: Arc<Semaphore>,
-}
-
-/// One connection with the statements prepared on it.
-pub(crate) struct Session {
-    client: Client,
-    prepared: HashMap<&'static str, tokio_postgres::Statement>,
-    /// Set by a statement that failed on a conflict with another transaction.
-    conflict: bool,
-    /// Present while somebody uses the session; an idle one is free for others.
-    permit: Option<OwnedSemaphorePermit>,
+    stopped: watch::Sender<bool>,
 }
 
 impl Postgres {
     pub(super) async fn open(
         url: &str,
+        connections: usize,
         migrations: &'static [Migration],
         context: Context,
     ) -> Result<Self, Error> {
-        let pool = Arc::new(Pool {
-            url: url.to_owned(),
-            idle: Mutex::default(),
-            permits: Arc::new(Semaphore::new(MAX_SESSIONS)),
-        });
+        let pool = Arc::new(Pool::new(url, connections, Arc::clone(&context.clock))?);
         let session = pool.take().await?;
         super::migration::migrate_postgres(&session.client, migrations).await?;
         pool.give_back(session);
-        Ok(Self { pool, context })
+        Ok(Self {
+            pool,
+            context,
+            stopped: watch::channel(false).0,
+        })
     }
 
     /// Runs a transaction in a task of its own, so that it ends even when its caller goes away.
@@ -71,18 +67,129 @@ impl Postgres {
         statement: &'static Statement,
         values: &[Value],
     ) -> Result<Vec<Row>, Error> {
-        let mut session = self.pool.take().await?;
-        let rows = session.query(statement, values).await;
-        if rows.is_ok() {
-            self.pool.give_back(session);
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let failure = match self.pool.take().await {
+                Ok(mut session) => match session.query(statement, values).await {
+                    Ok(rows) => {
+                        self.pool.give_back(session);
+                        return Ok(rows);
+                    }
+                    Err(failure) => match session.fault() {
+                        Some(Fault::Lost) => {
+                            self.pool.forget_idle();
+                            failure
+                        }
+                        Some(Fault::Stale) => failure,
+                        _ => return Err(failure),
+                    },
+                },
+                Err(failure @ Error::Unavailable { .. }) => failure,
+                Err(other) => return Err(other),
+            };
+            if attempt >= MAX_READS || !self.pool.may_come_back() {
+                return Err(failure);
+            }
+            pause(attempt).await;
         }
-        rows
+    }
+
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        limited(
+            CONTROL_LIMIT,
+            session.client.batch_execute(
+                "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+                 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+            ),
+        )
+        .await
+        .map_err(|failure| failure.error(None))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
+        ))
+    }
+
+    /// Tells whether the server takes no writes.
+    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
+        let session = self.pool.take().await?;
+        let writable = session.writable;
+        self.pool.give_back(session);
+        Ok(!writable)
+    }
+
+    /// A session that hears what is said on a channel. The name is ours and needs no quoting.
+    pub(super) async fn listen(&self, channel: &str) -> Result<Listener, Error> {
+        let raw = self.pool.open().await?;
+        limited(
+            CONTROL_LIMIT,
+            raw.client.batch_execute(&format!("LISTEN {channel}")),
+        )
+        .await
+        .map_err(|failure| failure.error(None))?;
+        Ok(Listener(raw))
+    }
+
+    /// Acknowledges nothing any more.
+    pub(super) fn stop(&self, reason: &str) {
+        tracing::error!(reason, "the store stops");
+        self.pool.close();
+        self.stopped.send_replace(true);
+    }
+
+    pub(super) async fn stopped(&self) {
+        // The sender lives as long as this, so there is no error.
+        let _ = self.stopped.subscribe().wait_for(|stopped| *stopped).await;
+    }
+
+    /// How many other connections use the database.
+    pub(super) async fn others(url: &str) -> Result<u64, Error> {
+        let pool = Pool::new(url, 1, Arc::default())?;
+        let session = pool.take().await?;
+        let counted = session.client.query_one(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() \
+             AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+            &[],
+        );
+        let count: i64 = limited(CONTROL_LIMIT, counted)
+            .await
+            .map_err(|failure| failure.error(None))?
+            .get(0);
+        Ok(count.unsigned_abs())
     }
 
     pub(super) fn close(&self) {
-        self.pool.permits.close();
-        lock(&self.pool.idle).clear();
+        self.pool.close();
     }
+}
+
+/// Hears notifications until its connection ends.
+pub(crate) struct Listener(Raw);
+
+impl Listener {
+    /// The next payload; `None` after a while without one, when the server still answers.
+    ///
+    /// # Errors
+    /// The connection has ended, or the server takes no writes and so sends none.
+    pub(crate) async fn next(&mut self) -> Result<Option<String>, Error> {
+        match tokio::time::timeout(SILENCE, self.0.notifications.recv()).await {
+            Ok(Some(payload)) => Ok(Some(payload)),
+            Ok(None) => Err(unavailable("the connection that hears of events ended")),
+            Err(_) if !self.0.writable => Err(unavailable("the server takes no writes")),
+            Err(_) => limited(CONTROL_LIMIT, self.0.client.batch_execute(""))
+                .await
+                .map(|()| None)
+                .map_err(|failure| failure.error(None)),
+        }
+    }
+}
+
+/// Checks a connection string without connecting; what is wrong with it never shows it.
+pub(crate) fn check(text: &str) -> Result<(), String> {
+    settings::Settings::parse(text).map(drop)
 }
 
 async fn transact<B: Body>(
@@ -93,184 +200,140 @@ async fn transact<B: Body>(
     let mut attempt = 0;
     loop {
         attempt += 1;
-        let session = pool.take().await?;
-        session
-            .client
-            .batch_execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-            .await
-            .map_err(|error| map(&error))?;
-        let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
-        let outcome = body.run(&mut tx).await;
-        let event = tx.event;
-        let Connection::Postgres(mut session) = tx.connection else {
-            return Err(Error::Stopped);
+        context.gate.check(B::KIND)?;
+        let (failure, fault) = match pool.take().await {
+            Ok(session) => match once(pool, context, body, session).await {
+                Ok(output) => return Ok(output),
+                Err(failed) => failed,
+            },
+            Err(failure @ Error::Unavailable { .. }) => (failure, Fault::Lost),
+            Err(other) => return Err(other),
         };
-        let end = if outcome.is_ok() {
-            "COMMIT"
-        } else {
-            "ROLLBACK"
+        let again = match fault {
+            Fault::Conflict | Fault::Stale => attempt < MAX_ATTEMPTS,
+            Fault::Lost | Fault::ReadOnly => pool.may_come_back() && attempt < MAX_WAITS,
+            Fault::Other => false,
         };
-        // A session whose end is unknown is dropped with its connection, never used again.
-        let ended = session.client.batch_execute(end).await;
-        let mut conflict = std::mem::take(&mut session.conflict);
-        let failure = match (outcome, ended) {
-            (Ok(output), Ok(())) => {
-                pool.give_back(*session);
-                context.committed(event);
-                return Ok(output);
-            }
-            (Ok(_), Err(error)) => {
-                conflict = is_conflict(&error);
-                map(&error)
-            }
-            (Err(failure), Ok(())) => {
-                pool.give_back(*session);
-                failure
-            }
-            (Err(failure), Err(_)) => failure,
-        };
-        if !conflict || attempt == MAX_ATTEMPTS {
+        if !again {
             return Err(failure);
         }
-        let mut random = [0; 1];
-        let _ = getrandom::fill(&mut random);
-        let wait = u64::from(random[0]) * attempt;
-        tokio::time::sleep(Duration::from_micros(100 + wait * 20)).await;
+        match fault {
+            Fault::Conflict | Fault::Stale => pause_briefly(attempt).await,
+            _ => pause(attempt).await,
+        }
     }
 }
 
-impl Pool {
-    async fn take(&self) -> Result<Session, Error> {
-        let permit = Arc::clone(&self.permits)
-            .acquire_owned()
-            .await
-            .map_err(|_| Error::Stopped)?;
-        loop {
-            let idle = lock(&self.idle).pop();
-            match idle {
-                Some(mut session) if !session.client.is_closed() => {
-                    session.permit = Some(permit);
-                    return Ok(session);
+/// Runs the body once, to an end that is known.
+async fn once<B: Body>(
+    pool: &Arc<Pool>,
+    context: &Context,
+    body: &B,
+    mut session: Session,
+) -> Result<B::Output, (Error, Fault)> {
+    session.begin(B::KIND);
+    let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
+    let outcome = body.run(&mut tx).await;
+    let (event, unsealed, now) = (tx.event, tx.unsealed, tx.now);
+    let Connection::Postgres(session) = tx.connection else {
+        return Err((Error::Stopped, Fault::Other));
+    };
+    let mut session = *session;
+    let output = match outcome {
+        Ok(output) => output,
+        Err(failure) => {
+            let fault = session.fault().unwrap_or(Fault::Other);
+            // A session that cannot be rolled back is dropped with its connection, never used again.
+            match fault {
+                Fault::Lost => pool.forget_idle(),
+                Fault::ReadOnly if session.writable => {
+                    pool.note_read_only();
+                    context.gate.note_recovery(true);
                 }
-                Some(_) => {}
-                None => break,
+                _ if session.roll_back().await => pool.give_back(session),
+                _ => {}
+            }
+            return Err((failure, fault));
+        }
+    };
+    failpoint("sql.before_commit");
+    match session.commit(now).await {
+        End::Committed => pool.give_back(session),
+        End::RolledBack(failure) => {
+            // The server may still hold the transaction open; it ends with the connection.
+            let fault = failure.fault();
+            return Err((failure.error(None), fault));
+        }
+        End::Unknown => {
+            let committed = resolve(pool, context, session).await;
+            if !committed.map_err(|failure| (failure, Fault::Other))? {
+                return Err((
+                    unavailable("the connection was lost before the change was committed"),
+                    Fault::Lost,
+                ));
             }
         }
-        let (client, connection) = tokio_postgres::connect(&self.url, NoTls)
-            .await
-            .map_err(|error| map(&error))?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::warn!(%error, "a connection to the database ended");
-            }
-        });
-        client
-            .batch_execute(
-                "SET synchronous_commit = on; SET statement_timeout = '30s'; \
-                 SET idle_in_transaction_session_timeout = '30s'",
-            )
-            .await
-            .map_err(|error| map(&error))?;
-        Ok(Session {
-            client,
-            prepared: HashMap::new(),
-            conflict: false,
-            permit: Some(permit),
-        })
     }
-
-    fn give_back(&self, mut session: Session) {
-        if session.client.is_closed() {
-            return;
-        }
-        let permit = session.permit.take();
-        lock(&self.idle).push(session);
-        drop(permit);
+    failpoint("sql.after_commit");
+    context.committed(event);
+    if unsealed {
+        context.unsealed.notify_one();
     }
+    Ok(output)
 }
 
-impl Session {
-    pub(super) async fn query(
-        &mut self,
-        statement: &'static Statement,
-        values: &[Value],
-    ) -> Result<Vec<Row>, Error> {
-        let prepared = self.prepare(statement).await?;
-        let parameters = parameters(values);
-        let rows = match self.client.query(&prepared, &parameters).await {
-            Ok(rows) => rows,
-            Err(error) => return Err(self.failed(statement, &error)),
-        };
-        statement.mark_postgres();
-        rows.iter().map(|row| convert(statement, row)).collect()
-    }
-
-    pub(super) async fn execute(
-        &mut self,
-        statement: &'static Statement,
-        values: &[Value],
-    ) -> Result<u64, Error> {
-        let prepared = self.prepare(statement).await?;
-        let parameters = parameters(values);
-        match self.client.execute(&prepared, &parameters).await {
-            Ok(changed) => {
-                statement.mark_postgres();
-                Ok(changed)
-            }
-            Err(error) => Err(self.failed(statement, &error)),
+/// Finds out whether the last transaction of a session that was lost is committed.
+async fn resolve(pool: &Arc<Pool>, context: &Context, mut session: Session) -> Result<bool, Error> {
+    let (id, number) = (session.id, session.commits);
+    // Held to the end, so that the bound of sessions holds.
+    let _permit = session.permit.take();
+    drop(session);
+    pool.forget_idle();
+    let deadline = Instant::now() + RESOLVE;
+    let mut attempt = 0;
+    while Instant::now() < deadline {
+        attempt += 1;
+        match pool.open().await {
+            Ok(raw) if raw.writable => match fence(&raw.client, id, context.clock.now()).await {
+                Ok(last) => {
+                    let committed = last == number;
+                    tracing::info!(
+                        committed,
+                        "a connection was lost during a COMMIT, and its outcome was found out"
+                    );
+                    return Ok(committed);
+                }
+                Err(failure) => {
+                    tracing::debug!(?failure, "the outcome of a COMMIT is not known yet");
+                }
+            },
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the outcome of a COMMIT is not known yet"),
         }
+        pause(attempt).await;
     }
-
-    async fn prepare(
-        &mut self,
-        statement: &'static Statement,
-    ) -> Result<tokio_postgres::Statement, Error> {
-        if let Some(prepared) = self.prepared.get(statement.name) {
-            return Ok(prepared.clone());
-        }
-        match self.client.prepare(statement.postgres()).await {
-            Ok(prepared) => {
-                self.prepared.insert(statement.name, prepared.clone());
-                Ok(prepared)
-            }
-            Err(error) => Err(self.failed(statement, &error)),
-        }
-    }
-
-    fn failed(&mut self, statement: &Statement, error: &tokio_postgres::Error) -> Error {
-        self.conflict |= is_conflict(error);
-        match map(error) {
-            Error::Database(text) => Error::Database(format!("`{}`: {text}", statement.name)),
-            other => other,
-        }
-    }
+    Err(unavailable(
+        "the connection was lost while a change was committed; whether it stands can be seen when the database is back",
+    ))
 }
 
-fn parameters(values: &[Value]) -> Vec<&(dyn ToSql + Sync)> {
-    values
-        .iter()
-        .map(|value| value as &(dyn ToSql + Sync))
-        .collect()
+/// After a conflict: the other one is nearly done.
+async fn pause_briefly(attempt: u64) {
+    let wait = u64::from(random()) * attempt;
+    tokio::time::sleep(Duration::from_micros(100 + wait * 20)).await;
 }
 
-fn convert(statement: &Statement, row: &tokio_postgres::Row) -> Result<Row, Error> {
-    let mut cells = Vec::with_capacity(row.len());
-    for (index, column) in row.columns().iter().enumerate() {
-        let cell = match *column.type_() {
-            Type::INT8 => row.try_get::<_, Option<i64>>(index).map(Value::from),
-            Type::TEXT => row.try_get::<_, Option<String>>(index).map(Value::from),
-            Type::BYTEA => row.try_get::<_, Option<Vec<u8>>>(index).map(Value::from),
-            ref other => {
-                return Err(Error::Database(format!(
-                    "`{}` gives column `{}` of type `{other}`",
-                    statement.name,
-                    column.name()
-                )));
-            }
-        };
-        cells.push(cell.map_err(|error| map(&error))?);
-    }
-    Ok(Row(cells))
+/// After a loss: a fail-over takes seconds, and everybody waits for it.
+async fn pause(attempt: u64) {
+    let most = 50 << attempt.min(4);
+    let wait = most / 2 + most * u64::from(random()) / 512;
+    tokio::time::sleep(Duration::from_millis(wait)).await;
+}
+
+fn random() -> u8 {
+    let mut random = [0; 1];
+    let _ = getrandom::fill(&mut random);
+    random[0]
 }
 
 impl ToSql for Value {
@@ -295,35 +358,16 @@ impl ToSql for Value {
     to_sql_checked!();
 }
 
-/// Failures after which the same transaction may succeed: serialisation, dead lock, and a key that another
-/// one took between our look and our insert.
-fn is_conflict(error: &tokio_postgres::Error) -> bool {
-    error.code().is_some_and(|code| {
-        [
-            SqlState::T_R_SERIALIZATION_FAILURE,
-            SqlState::T_R_DEADLOCK_DETECTED,
-            SqlState::UNIQUE_VIOLATION,
-            SqlState::FOREIGN_KEY_VIOLATION,
-        ]
-        .contains(code)
-    })
+pub(super) fn map(error: tokio_postgres::Error) -> Error {
+    Failure::from(error).error(None)
 }
 
-pub(super) fn map(error: &tokio_postgres::Error) -> Error {
-    if error.code() == Some(&SqlState::DISK_FULL) {
-        return Error::Full;
-    }
-    // The driver's own text leaves out what the server said.
-    let mut text = error.to_string();
-    if let Some(source) = error.source() {
-        text = format!("{text}: {source}");
-    }
-    Error::Database(text)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-const MAX_SESSIONS: usize = 16;
 const MAX_ATTEMPTS: u64 = 10;
+/// Attempts to read while connections are lost.
+const MAX_READS: u64 = 6;
+/// Attempts to write while the database cannot be reached; the pool's patience ends them sooner.
+const MAX_WAITS: u64 = 20;
+/// How long the outcome of a COMMIT is asked for.
+const RESOLVE: Duration = Duration::from_secs(30);
+/// After so long without a notification the listener asks whether the server is still there.
+const SILENCE: Duration = Duration::from_secs(10);

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
@@ -20,9 +21,10 @@ use rusqlite::{ErrorCode, OpenFlags, ToSql, ffi};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::mode;
 
 pub(crate) struct Sqlite {
     jobs: Mutex<Option<mpsc::Sender<Message>>>,
@@ -30,6 +32,7 @@ pub(crate) struct Sqlite {
     readers: Arc<Readers>,
     scans: Arc<Semaphore>,
     stopped: watch::Receiver<bool>,
+    log: PathBuf,
 }
 
 impl Sqlite {
@@ -54,10 +57,12 @@ impl Sqlite {
             name.push("-wal");
             PathBuf::from(name)
         };
+        let log = wal.clone();
         let writer = Writer {
             tx: Tx::new(Connection::Sqlite(Box::new(connection)), context),
             wal,
             checkpoint_at: CHECKPOINT_BYTES,
+            kept: None,
             stop,
         };
         let thread = std::thread::Builder::new()
@@ -73,6 +78,7 @@ impl Sqlite {
             }),
             scans: Arc::new(Semaphore::new(SCANS)),
             stopped,
+            log,
         })
     }
 
@@ -121,6 +127,40 @@ impl Sqlite {
         .unwrap_or(Err(Error::Stopped))
     }
 
+    /// Runs `work` on the writer's thread between two transactions and waits for it. Blocks.
+    pub(crate) fn between<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Pause<'_>) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, answer) = mpsc::channel();
+        let work = Box::new(move |pause: &mut Pause<'_>| {
+            // Whoever asked may have gone.
+            let _ = reply.send(work(pause));
+        });
+        {
+            let jobs = lock(&self.jobs);
+            let jobs = jobs.as_ref().ok_or(Error::Stopped)?;
+            jobs.send(Message::Between(work))
+                .map_err(|_| Error::Stopped)?;
+        }
+        answer.recv().map_err(|_| Error::Stopped)
+    }
+
+    /// The path of the write-ahead log.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// The length of the write-ahead log's file, in bytes.
+    pub(crate) fn log_length(&self) -> u64 {
+        std::fs::metadata(&self.log).map_or(0, |file| file.len())
+    }
+
+    /// A read-only connection of its own.
+    pub(crate) fn reader(&self) -> Result<rusqlite::Connection, Error> {
+        reader(&self.readers.path)
+    }
+
     pub(super) async fn stopped(&self) {
         let mut stopped = self.stopped.clone();
         // An error means that the writer is gone, which is the same.
@@ -148,10 +188,13 @@ impl Sqlite {
 }
 
 impl Drop for Sqlite {
-    /// Waits for the writer, so that the files are closed before the directory lock goes.
+    /// Waits for the writer, so that the files are closed before the directory lock goes. The writer itself is here
+    /// when the last transaction held the last handle; then there is nobody to wait for.
     fn drop(&mut self) {
         lock(&self.jobs).take();
-        if let Some(thread) = lock(&self.thread).take() {
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.thread().id() != std::thread::current().id()
+        {
             let _ = thread.join();
         }
     }
@@ -180,8 +223,12 @@ impl Readers {
     }
 }
 
+/// Work that runs between two transactions.
+type Work = Box<dyn FnOnce(&mut Pause<'_>) + Send>;
+
 enum Message {
     Run(Box<dyn Job>),
+    Between(Work),
     Close(oneshot::Sender<Result<(), Error>>),
 }
 
@@ -191,6 +238,12 @@ trait Job: Send {
     fn run(&mut self, tx: &mut Tx) -> bool;
     /// Whether the body met a failure that the writer must not go on from.
     fn must_stop(&self) -> bool;
+    /// Whether the body met a full disk.
+    fn is_full(&self) -> bool;
+    /// What the transaction is for.
+    fn kind(&self) -> WriteKind;
+    /// Refuses it without running it.
+    fn refuse(&mut self, refusal: Error);
     /// Answers after the COMMIT, or with the failure of the whole transaction.
     fn finish(&mut self, failure: Option<Error>);
 }
@@ -212,6 +265,18 @@ impl<B: Body> Job for Pending<B> {
 
     fn must_stop(&self) -> bool {
         matches!(self.outcome, Some(Err(Error::Stopped)))
+    }
+
+    fn is_full(&self) -> bool {
+        matches!(self.outcome, Some(Err(Error::Full)))
+    }
+
+    fn kind(&self) -> WriteKind {
+        B::KIND
+    }
+
+    fn refuse(&mut self, refusal: Error) {
+        self.outcome = Some(Err(refusal));
     }
 
     fn finish(&mut self, failure: Option<Error>) {
@@ -245,6 +310,8 @@ struct Writer {
     tx: Tx,
     wal: PathBuf,
     checkpoint_at: u64,
+    /// A backup folds the log itself, and is told here when the writer had to do it.
+    kept: Option<Arc<AtomicBool>>,
     stop: watch::Sender<bool>,
 }
 
@@ -252,11 +319,16 @@ impl Writer {
     fn run(mut self, queue: &mpsc::Receiver<Message>) {
         while let Ok(first) = queue.recv() {
             let mut batch = Vec::new();
+            let mut between = None;
             let mut close = None;
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
                     Message::Run(job) => batch.push(job),
+                    Message::Between(work) => {
+                        between = Some(work);
+                        break;
+                    }
                     Message::Close(reply) => {
                         close = Some(reply);
                         break;
@@ -269,6 +341,9 @@ impl Writer {
             }
             if !batch.is_empty() && self.group(batch).is_err() {
                 break;
+            }
+            if let Some(work) = between {
+                work(&mut Pause(&mut self));
             }
             if let Some(reply) = close {
                 let _ = reply.send(self.checkpoint());
@@ -287,7 +362,15 @@ impl Writer {
 
     /// Commits these transactions together. `Err` means that the writer must stop.
     fn group(&mut self, mut batch: Vec<Box<dyn Job>>) -> Result<(), ()> {
-        match self.attempt(&mut batch) {
+        let mut outcome = self.attempt(&mut batch);
+        if let (Err(Error::Full), [job]) = (&outcome, batch.as_slice()) {
+            let made_room = self.tx.context.gate.met_full_disk();
+            // The collector goes on into the room of the reserve.
+            if made_room && job.kind() != WriteKind::User {
+                outcome = self.attempt(&mut batch);
+            }
+        }
+        match outcome {
             Ok(event) => {
                 failpoint("sql.after_commit");
                 self.tx.context.committed(event);
@@ -342,13 +425,22 @@ impl Writer {
             self.batch("SAVEPOINT member")?;
             self.tx.now = self.tx.context.clock.now();
             self.tx.event = 0;
-            let succeeded = job.run(&mut self.tx);
+            let succeeded = match self.may_run(job.kind()) {
+                Ok(()) => job.run(&mut self.tx),
+                Err(refusal) => {
+                    job.refuse(refusal);
+                    false
+                }
+            };
             if job.must_stop() {
                 // Pages of a large transaction are written before its COMMIT, so this is where they fail.
                 return Err(Error::Stopped);
             }
             if self.connection().is_autocommit() {
                 // SQLite ends the whole transaction by itself after a full disk or an I/O error.
+                return Err(Error::Full);
+            }
+            if job.is_full() {
                 return Err(Error::Full);
             }
             if succeeded {
@@ -364,6 +456,17 @@ impl Writer {
         Ok(newest)
     }
 
+    /// Asks inside the transaction whether one of this kind may run: what was commanded before is seen.
+    fn may_run(&self, kind: WriteKind) -> Result<(), Error> {
+        if kind == WriteKind::Maintenance {
+            return Ok(());
+        }
+        self.tx.context.gate.check(kind)?;
+        let rows = query(self.connection(), mode::CHECK, &[])?;
+        let row = rows.first().map(|row| row.text(0)).transpose()?;
+        mode::check_command(kind, row.as_deref())
+    }
+
     fn batch(&self, text: &str) -> Result<(), Error> {
         let connection = self.connection();
         let mut statement = connection.prepare_cached(text).map_err(map)?;
@@ -376,6 +479,12 @@ impl Writer {
         if length < self.checkpoint_at {
             self.checkpoint_at = self.checkpoint_at.min(length + CHECKPOINT_BYTES);
             return Ok(());
+        }
+        if let Some(lost) = &self.kept {
+            if length < MAX_KEPT_BYTES {
+                return Ok(());
+            }
+            lost.store(true, Ordering::Release);
         }
         let result = self.checkpoint();
         // A reader that holds an old snapshot keeps the log; try again when it has grown once more.
@@ -391,10 +500,15 @@ impl Writer {
         }
     }
 
+    /// Folds the log as far as readers let it, without waiting for them: pushes would wait too.
     fn checkpoint(&self) -> Result<(), Error> {
-        self.connection()
+        let connection = self.connection();
+        connection.busy_timeout(Duration::ZERO).map_err(map)?;
+        let folded = connection
             .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
-            .map_err(map)
+            .map_err(map);
+        connection.busy_timeout(BUSY).map_err(map)?;
+        folded
     }
 
     fn connection(&self) -> &rusqlite::Connection {
@@ -405,6 +519,47 @@ impl Writer {
     }
 }
 
+/// The writer between two transactions: everything acknowledged is committed, and nothing is half done.
+pub(crate) struct Pause<'a>(&'a mut Writer);
+
+impl Pause<'_> {
+    /// The path of the write-ahead log.
+    pub(crate) fn log(&self) -> &Path {
+        &self.0.wal
+    }
+
+    /// Folds the log into the database as far as readers let it.
+    pub(crate) fn fold(&mut self) -> Result<(), Error> {
+        self.0.checkpoint()
+    }
+
+    /// From now on the log is folded by [`Pause::fold`] alone, unless it grows beyond all bounds: then `lost` is set.
+    pub(crate) fn keep_log(&mut self, lost: Option<Arc<AtomicBool>>) {
+        self.0.kept = lost;
+    }
+
+    /// Has `changed` called with the id of each row of table `blob` that is written from now on.
+    pub(crate) fn watch_blobs(
+        &mut self,
+        changed: impl FnMut(i64) + Send + 'static,
+    ) -> Result<(), Error> {
+        use rusqlite::hooks::Action;
+        let Connection::Sqlite(connection) = &mut self.0.tx.connection else {
+            return Ok(());
+        };
+        let mut changed = changed;
+        connection
+            .update_hook(Some(
+                move |action: Action, _: &str, table: &str, row: i64| {
+                    if table == "blob" && action != Action::SQLITE_DELETE {
+                        changed(row);
+                    }
+                },
+            ))
+            .map_err(map)
+    }
+}
+
 fn queue_is_closed(queue: &mpsc::Receiver<Message>) -> bool {
     matches!(queue.try_recv(), Err(mpsc::TryRecvError::Disconnected))
 }
@@ -412,7 +567,7 @@ fn queue_is_closed(queue: &mpsc::Receiver<Message>) -> bool {
 /// Sets what every writing connection needs.
 fn prepare(connection: &rusqlite::Connection) -> Result<(), Error> {
     connection
-        .busy_timeout(Duration::from_secs(5))
+        .busy_timeout(BUSY)
         .and_then(|()| {
             connection.query_row("PRAGMA journal_mode=WAL", [], |row| row.get::<_, String>(0))
         })
@@ -436,9 +591,7 @@ fn reader(path: &Path) -> Result<rusqlite::Connection, Error> {
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
     )
     .map_err(map)?;
-    connection
-        .busy_timeout(Duration::from_secs(5))
-        .map_err(map)?;
+    connection.busy_timeout(BUSY).map_err(map)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
@@ -577,7 +730,7 @@ fn named(statement: &Statement, error: rusqlite::Error) -> Error {
 }
 
 /// Tells a full disk (try again later) and a failed write or sync (stop) from everything else.
-pub(super) fn map(error: rusqlite::Error) -> Error {
+pub(crate) fn map(error: rusqlite::Error) -> Error {
     if let rusqlite::Error::SqliteFailure(failure, _) = &error {
         match (failure.code, failure.extended_code) {
             (ErrorCode::DiskFull, _)
@@ -612,7 +765,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The write-ahead log is folded into the database when it is longer than this, in bytes.
-const CHECKPOINT_BYTES: u64 = 8 << 20;
+pub(crate) const CHECKPOINT_BYTES: u64 = 8 << 20;
+/// A log that a backup keeps is folded all the same when it is longer than this, in bytes.
+const MAX_KEPT_BYTES: u64 = 1 << 30;
+/// How long a statement waits for another process's lock.
+const BUSY: Duration = Duration::from_secs(5);
 /// Transactions that are committed together, at most.
 const MAX_BATCH: usize = 256;
 const MAX_IDLE_READERS: usize = 32;

@@ -1,12 +1,13 @@
 //! Statements: written once, prepared and executed on both engines.
 
-use std::sync::OnceLock;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// One SQL text for both engines.
 ///
 /// The fragments in braces (`{for update}`, `{for key share}`, `{skip locked}` …) stand for PostgreSQL's row locks and for nothing on
-/// SQLite.
+/// SQLite. A text that begins with `{postgres}` is for PostgreSQL alone.
 pub(crate) struct Statement {
     pub(crate) name: &'static str,
     text: &'static str,
@@ -28,6 +29,20 @@ impl Statement {
         }
     }
 
+    /// A statement whose text is made from the schema, when a store is carried to another place. Each text is made
+    /// once and never given back: there are a few for each table.
+    pub(crate) fn made(text: String) -> &'static Self {
+        static MADE: Mutex<BTreeMap<String, &'static Statement>> = Mutex::new(BTreeMap::new());
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = made.get(&text) {
+            return known;
+        }
+        let leaked: &'static str = Box::leak(text.clone().into_boxed_str());
+        let statement: &'static Self = Box::leak(Box::new(Self::new(leaked, leaked)));
+        made.insert(text, statement);
+        statement
+    }
+
     /// The text for SQLite. `$3` would be bound there by its first appearance, `?3` is bound by number.
     pub(super) fn sqlite(&self) -> &str {
         self.sqlite.get_or_init(|| {
@@ -42,7 +57,7 @@ impl Statement {
     /// The text for PostgreSQL.
     pub(super) fn postgres(&self) -> &str {
         self.postgres.get_or_init(|| {
-            let mut text = self.text.to_owned();
+            let mut text = self.text.replace(POSTGRES_ALONE, "");
             for (fragment, lock) in FRAGMENTS {
                 text = text.replace(fragment, lock);
             }
@@ -58,10 +73,10 @@ impl Statement {
         self.ran_on_postgres.store(true, Ordering::Relaxed);
     }
 
-    /// On which engines this statement has run in this process.
+    /// On which engines this statement has run in this process. One for PostgreSQL alone lacks nothing on SQLite.
     pub(crate) fn ran(&self) -> (bool, bool) {
         (
-            self.ran_on_sqlite.load(Ordering::Relaxed),
+            self.text.starts_with(POSTGRES_ALONE) || self.ran_on_sqlite.load(Ordering::Relaxed),
             self.ran_on_postgres.load(Ordering::Relaxed),
         )
     }
@@ -84,27 +99,34 @@ pub(crate) use statements;
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
         crate::attempt::STATEMENTS,
+        crate::adopt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
-        crate::collect::STATEMENTS,
         crate::event::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
+        crate::mode::STATEMENTS,
         crate::pin::STATEMENTS,
         crate::pull::STATEMENTS,
         crate::referrer::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::retention::STATEMENTS,
+        crate::retention::undo::STATEMENTS,
+        crate::scrub::STATEMENTS,
+        super::STATEMENTS,
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,
         crate::verify::STATEMENTS,
     ]
     .into_iter()
+    .chain(crate::collect::STATEMENTS)
     .flatten()
     .copied()
 }
 
+const POSTGRES_ALONE: &str = "{postgres}";
 const FRAGMENTS: [(&str, &str); 5] = [
     ("{for update of rb}", "FOR UPDATE OF rb"),
     ("{for key share of rb}", "FOR KEY SHARE OF rb"),

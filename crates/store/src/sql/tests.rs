@@ -21,6 +21,7 @@ fn statements_have_names_of_their_own() {
 
 static FIRST: &[Migration] = &[Migration {
     version: 1,
+    oldest: 1,
     sqlite: "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT); CREATE TABLE item (name TEXT PRIMARY KEY, bytes BLOB)",
     postgres: "",
 }];
@@ -28,22 +29,20 @@ static FIRST: &[Migration] = &[Migration {
 static SECOND: &[Migration] = &[
     Migration {
         version: 1,
+        oldest: 1,
         sqlite: FIRST[0].sqlite,
         postgres: "",
     },
     Migration {
         version: 2,
+        oldest: 2,
         sqlite: "ALTER TABLE item ADD COLUMN note TEXT",
         postgres: "",
     },
 ];
 
 fn context() -> Context {
-    Context {
-        clock: Arc::default(),
-        signal: Arc::new(watch::channel(0).0),
-        quota: None,
-    }
+    Context::new()
 }
 
 fn open(path: &Path, make: bool, migrations: &'static [Migration]) -> Result<Sqlite, Error> {
@@ -232,6 +231,80 @@ async fn a_migration_first_copies_the_file_and_an_older_program_refuses_it() {
             ..
         })
     ));
+}
+
+static EXPANDED: &[Migration] = &[
+    Migration {
+        version: 1,
+        oldest: 1,
+        sqlite: FIRST[0].sqlite,
+        postgres: "",
+    },
+    Migration {
+        version: 2,
+        oldest: 1,
+        sqlite: SECOND[1].sqlite,
+        postgres: "",
+    },
+];
+
+static THIRD: &[Migration] = &[
+    Migration {
+        version: 1,
+        oldest: 1,
+        sqlite: FIRST[0].sqlite,
+        postgres: "",
+    },
+    Migration {
+        version: 2,
+        oldest: 1,
+        sqlite: SECOND[1].sqlite,
+        postgres: "",
+    },
+    Migration {
+        version: 3,
+        oldest: 2,
+        sqlite: "ALTER TABLE item ADD COLUMN mark TEXT",
+        postgres: "",
+    },
+];
+
+#[tokio::test]
+async fn an_older_program_goes_on_after_a_step_that_only_adds() {
+    let (directory, path) = scratch();
+    let old = open(&path, true, FIRST).unwrap();
+    old.write(add("old", 5, false)).await.unwrap();
+    drop(old);
+    drop(open(&path, false, EXPANDED).unwrap());
+    let old = open(&path, false, FIRST).unwrap();
+    old.write(add("older", 5, false)).await.unwrap();
+    drop(old);
+    // Its start did not forget what was applied: the step is not applied twice.
+    std::fs::remove_file(directory.path().join("meta.db.before-2")).unwrap();
+    let new = open(&path, false, EXPANDED).unwrap();
+    assert_eq!(count(&new), 2);
+    assert!(!directory.path().join("meta.db.before-2").exists());
+    drop(new);
+    // The third step takes the first program's ground away; the second one's stays.
+    drop(open(&path, false, THIRD).unwrap());
+    assert_eq!(count(&open(&path, false, EXPANDED).unwrap()), 2);
+    let refused = open(&path, false, FIRST);
+    assert!(matches!(
+        refused.err(),
+        Some(Error::Newer {
+            found: 2,
+            known: 1,
+            ..
+        })
+    ));
+}
+
+#[tokio::test]
+async fn a_new_database_says_at_once_what_it_asks_for() {
+    let (_directory, path) = scratch();
+    drop(open(&path, true, THIRD).unwrap());
+    assert!(open(&path, false, EXPANDED).is_ok());
+    assert!(open(&path, false, FIRST).is_err());
 }
 
 #[tokio::test]

@@ -85,6 +85,11 @@ impl<T: Into<Self>> From<Option<T>> for Value {
 pub(crate) struct Row(pub(super) Vec<Value>);
 
 impl Row {
+    /// All columns in order.
+    pub(crate) fn into_values(self) -> Vec<Value> {
+        self.0
+    }
+
     pub(crate) fn i64(&self, column: usize) -> Result<i64, Error> {
         match self.value(column)? {
             Value::I64(value) => Ok(*value),
@@ -186,7 +191,7 @@ pub(crate) fn encode_digest(digest: &Digest) -> Vec<u8> {
     bytes
 }
 
-fn decode_digest(bytes: &[u8]) -> Option<Digest> {
+pub(crate) fn decode_digest(bytes: &[u8]) -> Option<Digest> {
     let (mark, hash) = bytes.split_first()?;
     let algorithm = match mark {
         1 => Algorithm::Sha256,

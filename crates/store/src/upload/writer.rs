@@ -4,7 +4,9 @@
 //! gathered, and each batch is hashed on one blocking thread while another writes it. Threads are held only while
 //! they work, so slow uploads cost none. What may wait in memory is bounded for all uploads together.
 //! Write-back is started early by syncing in the background; a sync that fails is never repeated: the upload it
-//! belongs to is expired.
+//! belongs to is expired. Where objects are in an object store, [`remote`] sends them there.
+
+mod remote;
 
 use std::fs::File;
 use std::io::Read;
@@ -16,10 +18,13 @@ use oci::{Algorithm, Digest, Hasher, RepositoryName};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 
-use super::claim::{Claim, Slot};
-use super::{Commit, Expire, Open, Record, Spill, Start};
-use crate::blob::Content as BlobContent;
-use crate::blob::file_system::StorageKey;
+use remote::Remote;
+
+use super::claim::{Claim, RowClaim, Slot};
+use super::{Commit, Expire, NameObject, Object as Named, Open, Record, Start};
+use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::{Content as BlobContent, StorageKey};
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -157,6 +162,8 @@ pub(crate) struct Session {
     lost: bool,
     /// The object may belong to a blob by now.
     untouchable: bool,
+    /// The claim among replicas.
+    row_claim: Option<Arc<RowClaim>>,
     /// Given back when the session ends.
     _claim: Option<Claim>,
 }
@@ -166,9 +173,12 @@ enum Content {
     /// The file is being made.
     Making(JoinHandle<Result<File, Error>>, StorageKey),
     Object(Object),
+    /// In an object store.
+    Remote(Remote),
 }
 
 struct Object {
+    files: Arc<FileSystem>,
     key: StorageKey,
     file: Arc<File>,
     /// Where the next batch goes.
@@ -195,24 +205,31 @@ impl Session {
         slot: &Arc<Slot>,
         repository: &RepositoryName,
         open: Open,
+        row_claim: Option<Arc<RowClaim>>,
         claim: Claim,
     ) -> Result<Self, Error> {
-        let content = match (open.key, open.body) {
-            (None, body) => Content::Memory(body.unwrap_or_default()),
-            (Some(key), body) => {
+        let content = match (&inner.objects, open.key, open.body) {
+            (Objects::S3(s3), key, None) => {
+                let row = (key, open.multipart, open.parts, open.tail);
+                Content::Remote(Remote::resume(s3, row, open.size)?)
+            }
+            (_, None, body) | (Objects::S3(_), _, body) => {
+                Content::Memory(body.unwrap_or_default())
+            }
+            (Objects::Directory(files), Some(key), body) => {
                 // With a body in the row nothing of the object was recorded, so what a crash left of it is
                 // written over, and its entry may not be durable.
                 let key = StorageKey::parse(&key)?;
                 let entry_durable = body.is_none();
                 let size = open.size;
-                let (objects, name) = (Arc::clone(inner), key.clone());
+                let (objects, name) = (Arc::clone(files), key.clone());
                 let file = spawn_blocking(move || match body {
-                    Some(body) => objects.objects.create(&name, &body),
-                    None => objects.objects.resume(&name, size),
+                    Some(body) => objects.create(&name, &body),
+                    None => objects.resume(&name, size),
                 })
                 .await
                 .unwrap_or_else(|error| Err(stopped(&error)))?;
-                Content::Object(Object::new(key, file, size, entry_durable))
+                Content::Object(Object::new(files, key, file, size, entry_durable))
             }
         };
         slot.set_recorded(open.size);
@@ -232,6 +249,7 @@ impl Session {
             broken: false,
             lost: false,
             untouchable: false,
+            row_claim,
             _claim: Some(claim),
         })
     }
@@ -260,6 +278,7 @@ impl Session {
             broken: false,
             lost: false,
             untouchable: false,
+            row_claim: None,
             _claim: None,
         }
     }
@@ -279,6 +298,12 @@ impl Session {
                 return Ok(());
             }
             self.spill().await?;
+        }
+        if let Some(claim) = &self.row_claim {
+            claim.ensure(self.inner.options.claim_idle / 2).await?;
+        }
+        if matches!(self.content, Content::Remote(_)) {
+            return self.write_remote(chunk).await;
         }
         let bytes = u32::try_from(chunk.len().min(MEMORY)).unwrap_or(u32::MAX);
         let memory = Arc::clone(&self.inner.memory);
@@ -310,17 +335,56 @@ impl Session {
 
     /// Moves the body from memory to an object. The row names the object before its file exists (`I6`).
     async fn spill(&mut self) -> Result<(), Error> {
+        let files = match (&self.inner.objects, &mut self.content) {
+            (Objects::Directory(files), _) => Arc::clone(files),
+            (Objects::S3(s3), Content::Memory(body)) => {
+                // Nothing is written before there is enough for a part, or the end.
+                self.content = Content::Remote(Remote::new(s3, std::mem::take(body)));
+                return Ok(());
+            }
+            (Objects::S3(_), _) => return Ok(()),
+        };
         // Until this has come to its end, being cancelled leaves nothing to record.
         self.broken = true;
         let key = StorageKey::fresh()?;
         failpoint("upload.before_spill");
+        self.name(Named::File(key.clone())).await?;
+        failpoint("upload.after_spill_row");
+        let body = match &mut self.content {
+            Content::Memory(body) => std::mem::take(body),
+            Content::Making(..) | Content::Object(_) | Content::Remote(_) => {
+                return Err(Error::UploadUnknown);
+            }
+        };
+        let size = body.len() as u64;
+        let (objects, name) = (Arc::clone(&files), key.clone());
+        let job = spawn_blocking(move || {
+            let file = objects.create(&name, &body);
+            failpoint("upload.after_create");
+            file
+        });
+        self.content = Content::Making(job, key);
+        let Content::Making(job, key) = &mut self.content else {
+            return Err(Error::UploadUnknown);
+        };
+        let file = job.await.unwrap_or_else(|error| Err(stopped(&error)));
+        let key = key.clone();
+        // The finished job must not be awaited again.
+        self.content = Content::Memory(Vec::new());
+        self.content = Content::Object(Object::new(&files, key, file?, size, false));
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Names an object in the row, making the row when there is none (`I6`).
+    async fn name(&mut self, object: Named) -> Result<(), Error> {
         if let Some((id, version)) = self.row {
             self.inner
                 .db
-                .write(Spill {
+                .write(NameObject {
                     id,
                     version,
-                    key: key.as_str().to_owned(),
+                    object,
                 })
                 .await?;
             self.row = Some((id, version + 1));
@@ -334,33 +398,11 @@ impl Session {
                     algorithm: self.algorithm,
                     principal: self.principal.clone(),
                     expiry: self.inner.options.upload_expiry,
-                    key: Some(key.as_str().to_owned()),
+                    object: Some(object),
                 })
                 .await?;
             self.row = Some((id, 1));
         }
-        failpoint("upload.after_spill_row");
-        let body = match &mut self.content {
-            Content::Memory(body) => std::mem::take(body),
-            Content::Making(..) | Content::Object(_) => return Err(Error::UploadUnknown),
-        };
-        let size = body.len() as u64;
-        let (objects, name) = (Arc::clone(&self.inner), key.clone());
-        let job = spawn_blocking(move || {
-            let file = objects.objects.create(&name, &body);
-            failpoint("upload.after_create");
-            file
-        });
-        self.content = Content::Making(job, key);
-        let Content::Making(job, key) = &mut self.content else {
-            return Err(Error::UploadUnknown);
-        };
-        let file = job.await.unwrap_or_else(|error| Err(stopped(&error)));
-        let key = key.clone();
-        // The finished job must not be awaited again.
-        self.content = Content::Memory(Vec::new());
-        self.content = Content::Object(Object::new(key, file?, size, false));
-        self.broken = false;
         Ok(())
     }
 
@@ -386,7 +428,7 @@ impl Session {
             }
             if object.sync_job.is_none() {
                 object.synced = object.end;
-                object.sync_job = Some(self.inner.sync(&object.file, &object.key));
+                object.sync_job = Some(object.sync());
             }
         }
         let batch = Arc::new(Batch {
@@ -408,7 +450,7 @@ impl Session {
             hasher
         }));
         let (objects, file, key) = (
-            Arc::clone(&self.inner),
+            Arc::clone(&object.files),
             Arc::clone(&object.file),
             object.key.clone(),
         );
@@ -416,7 +458,7 @@ impl Session {
             let mut at = start;
             for chunk in &batch.chunks {
                 file.write_all_at(chunk, at)
-                    .map_err(|error| Error::io("write", &objects.objects.path(&key), error))?;
+                    .map_err(|error| Error::io("write", &objects.path(&key), error))?;
                 at += chunk.len() as u64;
             }
             failpoint("upload.after_write");
@@ -462,7 +504,7 @@ impl Session {
     /// Makes every byte and the directory entry durable. A failure is final: the upload is lost.
     async fn make_durable(&mut self, points: [&str; 3]) -> Result<(), Error> {
         self.dispatch().await?;
-        self.settle().await?;
+        self.hash_all().await?;
         let Content::Object(object) = &mut self.content else {
             return Ok(());
         };
@@ -472,16 +514,15 @@ impl Session {
             result = job.await.unwrap_or_else(|error| Err(stopped(&error)));
         }
         if result.is_ok() {
-            result = self
-                .inner
-                .sync(&object.file, &object.key)
+            result = object
+                .sync()
                 .await
                 .unwrap_or_else(|error| Err(stopped(&error)));
         }
         failpoint(points[1]);
         if result.is_ok() && !object.entry_durable {
-            let (objects, key) = (Arc::clone(&self.inner), object.key.clone());
-            result = spawn_blocking(move || objects.objects.sync_entry(&key))
+            let (objects, key) = (Arc::clone(&object.files), object.key.clone());
+            result = spawn_blocking(move || objects.sync_entry(&key))
                 .await
                 .unwrap_or_else(|error| Err(stopped(&error)));
             object.entry_durable = result.is_ok();
@@ -506,11 +547,21 @@ impl Session {
         ];
         let durable = self.make_durable(points).await;
         if let Err(error) = durable {
+            let error = self.lost_to_another(error);
             self.abandon().await;
             return Err(error);
         }
         if self.received == self.recorded {
+            self.release().await;
             return Ok(self.recorded);
+        }
+        if matches!(self.content, Content::Remote(_)) {
+            let recorded = self.checkpoint(Held::Release).await;
+            if let Err(error) = recorded {
+                self.abandon().await;
+                return Err(error);
+            }
+            return Ok(self.received);
         }
         let (Some((id, version)), Some(hasher)) = (self.row, &self.hasher) else {
             return Err(Error::UploadUnknown);
@@ -518,7 +569,7 @@ impl Session {
         failpoint("upload.before_record");
         let body = match &self.content {
             Content::Memory(body) => Some(Bytes::copy_from_slice(body)),
-            Content::Making(..) | Content::Object(_) => None,
+            Content::Making(..) | Content::Object(_) | Content::Remote(_) => None,
         };
         self.inner
             .db
@@ -529,8 +580,11 @@ impl Session {
                 state: hasher.state(),
                 body,
                 expiry: self.inner.options.upload_expiry,
+                parts: None,
+                release: self.token(),
             })
-            .await?;
+            .await
+            .map_err(|error| self.lost_to_another(error))?;
         failpoint("upload.after_record");
         self.slot.set_recorded(self.received);
         Ok(self.received)
@@ -557,6 +611,13 @@ impl Session {
         let content = match &mut self.content {
             Content::Memory(body) => BlobContent::Inline(Bytes::from(std::mem::take(body))),
             Content::Object(object) => BlobContent::Object(object.key.clone()),
+            Content::Remote(_) => match self.finish_remote(&digest).await {
+                Ok(key) => BlobContent::Object(key),
+                Err(error) => {
+                    self.abandon().await;
+                    return Err(error);
+                }
+            },
             Content::Making(..) => return Err(Error::UploadUnknown),
         };
         let committed = self
@@ -576,6 +637,7 @@ impl Session {
             // Whether the commit happened may be unknown, so the object is not touched. Expiring is safe: it
             // finds no row when it did.
             self.untouchable = true;
+            let error = self.lost_to_another(error);
             self.abandon().await;
             return Err(error);
         }
@@ -587,19 +649,21 @@ impl Session {
     /// computed from the content itself.
     async fn verify(&mut self, expected: &Digest) -> Result<(), Error> {
         self.dispatch().await?;
-        self.settle().await?;
+        self.hash_all().await?;
         let actual = if expected.algorithm() == self.algorithm {
             let hasher = self.hasher.clone().ok_or(Error::UploadUnknown)?;
             hasher.finish()
         } else {
             match &self.content {
                 Content::Memory(body) => Digest::of(expected.algorithm(), body),
+                // Checked when the object is there.
+                Content::Remote(_) => return Ok(()),
                 Content::Object(object) => {
-                    let (objects, key) = (Arc::clone(&self.inner), object.key.clone());
+                    let (objects, key) = (Arc::clone(&object.files), object.key.clone());
                     let (algorithm, size) = (expected.algorithm(), self.received);
                     spawn_blocking(move || {
-                        let path = objects.objects.path(&key);
-                        let file = objects.objects.read(&key, size)?;
+                        let path = objects.path(&key);
+                        let file = objects.read(&key, size)?;
                         digest_of_file(algorithm, file)
                             .map_err(|error| Error::io("read", &path, error))
                     })
@@ -624,6 +688,7 @@ impl Session {
     async fn abandon(&mut self) {
         self.broken = true;
         let _ = self.settle().await;
+        self.stop_parts().await;
         if let Content::Object(object) = &mut self.content
             && let Some(job) = object.sync_job.take()
         {
@@ -633,7 +698,8 @@ impl Session {
         }
         let expire = self.lost || !self.resumable;
         if let (true, Some((id, _))) = (expire, self.row) {
-            match self.inner.db.write(Expire { id }).await {
+            let claim = self.token();
+            match self.inner.db.write(Expire { id, claim }).await {
                 Ok(()) | Err(Error::UploadUnknown) => {}
                 Err(error) => {
                     tracing::warn!(%error, "a broken upload could not be expired, its time will end it");
@@ -645,12 +711,50 @@ impl Session {
                 let _ = spawn_blocking(move || file.set_len(recorded)).await;
             }
         }
+        self.release().await;
+    }
+
+    /// Gives the claim among replicas back.
+    async fn release(&mut self) {
+        if let Some(claim) = self.row_claim.take() {
+            claim.release().await;
+        }
+    }
+
+    fn token(&self) -> Option<String> {
+        self.row_claim
+            .as_ref()
+            .map(|claim| claim.token().to_owned())
+    }
+
+    /// A row of another version belongs to another writer by now, where there can be one.
+    fn lost_to_another(&self, error: Error) -> Error {
+        match error {
+            Error::UploadUnknown if self.row_claim.is_some() && !self.lost => Error::UploadBusy {
+                offset: self.slot.recorded(),
+            },
+            other => other,
+        }
     }
 }
 
+/// What becomes of the claim when an offset is recorded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Held {
+    Keep,
+    Release,
+}
+
 impl Object {
-    fn new(key: StorageKey, file: File, size: u64, entry_durable: bool) -> Self {
+    fn new(
+        files: &Arc<FileSystem>,
+        key: StorageKey,
+        file: File,
+        size: u64,
+        entry_durable: bool,
+    ) -> Self {
         Self {
+            files: Arc::clone(files),
             key,
             file: Arc::new(file),
             end: size,
@@ -663,15 +767,14 @@ impl Object {
             entry_durable,
         }
     }
-}
 
-impl Inner {
-    /// Makes the bytes of an object durable on a blocking thread.
-    fn sync(self: &Arc<Self>, file: &Arc<File>, key: &StorageKey) -> JoinHandle<Result<(), Error>> {
-        let (inner, file, key) = (Arc::clone(self), Arc::clone(file), key.clone());
+    /// Makes the bytes of the object durable on a blocking thread.
+    fn sync(&self) -> JoinHandle<Result<(), Error>> {
+        let (files, file) = (Arc::clone(&self.files), Arc::clone(&self.file));
+        let key = self.key.clone();
         spawn_blocking(move || {
             file.sync_data()
-                .map_err(|error| Error::io("sync", &inner.objects.path(&key), error))
+                .map_err(|error| Error::io("sync", &files.path(&key), error))
         })
     }
 }
@@ -694,8 +797,10 @@ fn stopped(error: &JoinError) -> Error {
     Error::Stopped
 }
 
-/// Bytes of all uploads that may wait in memory.
+/// Bytes of all uploads that may wait in memory on their way to files.
 pub(crate) const MEMORY: usize = 64 << 20;
+/// Bytes of all uploads that may wait in memory on their way to an object store, which takes them in parts.
+pub(crate) const MEMORY_FOR_PARTS: usize = 256 << 20;
 /// Bytes that go to the threads at once.
 const BATCH: usize = 512 << 10;
 /// Bytes after which a sync is started in the background.

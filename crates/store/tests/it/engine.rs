@@ -16,6 +16,45 @@ pub(crate) struct Engine {
     _server: Option<Server>,
 }
 
+impl Engine {
+    /// Changes the database behind the back of the store.
+    pub(crate) async fn change(&self, sql: &str) {
+        if self.url.is_empty() {
+            let path = self.directory.path().join("data/meta.db");
+            let connection = rusqlite::Connection::open(path).unwrap();
+            connection
+                .busy_timeout(std::time::Duration::from_secs(10))
+                .unwrap();
+            connection.execute_batch(sql).unwrap();
+        } else {
+            let (client, connection) = tokio_postgres::connect(&self.url, tokio_postgres::NoTls)
+                .await
+                .unwrap();
+            let connection = tokio::spawn(connection);
+            client.batch_execute(sql).await.unwrap();
+            drop(client);
+            connection.await.unwrap().unwrap();
+        }
+    }
+
+    /// Bytes in the SQL of this engine.
+    pub(crate) fn literal(&self, bytes: &[u8]) -> String {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        if self.url.is_empty() {
+            format!("X'{hex}'")
+        } else {
+            format!("'\\x{hex}'::bytea")
+        }
+    }
+
+    /// A digest as its column holds it.
+    pub(crate) fn digest_literal(&self, digest: &Digest) -> String {
+        let mut bytes = vec![1];
+        bytes.extend_from_slice(digest.as_bytes());
+        self.literal(&bytes)
+    }
+}
+
 /// An embedded store.
 pub(crate) async fn sqlite(options: Options) -> Engine {
     let directory = tempfile::tempdir().unwrap();

@@ -1,17 +1,34 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
+#[cfg(test)]
+mod modes;
+#[cfg(test)]
+mod object_store;
+#[cfg(test)]
+mod object_store_faults;
 #[cfg(test)]
 mod postgres;
 #[cfg(test)]
 mod reports;
+#[cfg(test)]
+mod retention;
+#[cfg(test)]
+mod scrub;
+#[cfg(test)]
+mod stand_in;
+#[cfg(test)]
+mod transfer;
 #[cfg(test)]
 mod uploads;

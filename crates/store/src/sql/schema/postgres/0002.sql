@@ -13,6 +13,9 @@ ALTER TABLE upload ADD COLUMN claimed_until BIGINT;
 -- A multipart upload to abort before the object of this key is deleted.
 ALTER TABLE deletion ADD COLUMN multipart TEXT COLLATE "C";
 
+-- The bytes of the object, where they are known.
+ALTER TABLE deletion ADD COLUMN size BIGINT;
+
 -- Events are inserted without a number and numbered by the sealer, in the order of `ordinal`. The ordinal of an event is taken
 -- after every lock of its transaction, so what depends on one another is in order.
 ALTER TABLE event DROP CONSTRAINT event_pkey;
@@ -23,16 +26,30 @@ CREATE INDEX event_unsealed ON event (ordinal) WHERE number IS NULL;
 
 -- When the bytes of a blob were last read and found right.
 ALTER TABLE blob ADD COLUMN checked_at BIGINT;
+-- Until when somebody reads it.
+ALTER TABLE blob ADD COLUMN checking_until BIGINT;
 CREATE INDEX blob_checked ON blob (checked_at, id);
 CREATE INDEX blob_suspect ON blob (id) WHERE state = 'suspect';
+
+-- Manifests whose bytes in their row are not those of their digest.
+CREATE TABLE damaged_manifest (
+    manifest_id BIGINT PRIMARY KEY NOT NULL REFERENCES manifest (id) ON DELETE CASCADE,
+    found_at BIGINT NOT NULL
+);
 
 -- A repository that is being deleted has lost its name; its content goes in the background.
 ALTER TABLE repository ADD COLUMN deleted_name TEXT COLLATE "C";
 ALTER TABLE repository ADD COLUMN deleted_at BIGINT;
+CREATE INDEX upload_repository ON upload (repository_id);
 
 ALTER TABLE collection_queue DROP CONSTRAINT collection_queue_kind_check;
 ALTER TABLE collection_queue ADD CONSTRAINT collection_queue_kind_check
     CHECK (kind IN ('manifest', 'repository_blob', 'blob', 'upload', 'repository'));
+
+CREATE INDEX collection_queue_failed ON collection_queue (kind) WHERE attempts > 1;
+
+-- Since when the subject of this row is gone; NULL while it is there, and where it never was.
+ALTER TABLE referrer ADD COLUMN subject_gone_at BIGINT;
 
 CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
 CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
@@ -56,6 +73,7 @@ CREATE TABLE pin (
     expires_at BIGINT,
     PRIMARY KEY (holder, repository_id, digest)
 );
+CREATE INDEX pin_repository ON pin (repository_id);
 CREATE INDEX pin_manifest ON pin (manifest_id);
 CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
 
@@ -139,3 +157,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 );
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence.
+CREATE TABLE commit_mark (
+    session BIGINT PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+) WITH (fillfactor = 50);

@@ -13,17 +13,29 @@ ALTER TABLE upload ADD COLUMN claimed_until BIGINT;
 -- A multipart upload to abort before the object of this key is deleted.
 ALTER TABLE deletion ADD COLUMN multipart TEXT;
 
+-- The bytes of the object, where they are known.
+ALTER TABLE deletion ADD COLUMN size BIGINT;
+
 -- The order in which events were inserted. SQLite numbers them at once and has no use for it.
 ALTER TABLE event ADD COLUMN ordinal BIGINT;
 
 -- When the bytes of a blob were last read and found right.
 ALTER TABLE blob ADD COLUMN checked_at BIGINT;
+-- Until when somebody reads it.
+ALTER TABLE blob ADD COLUMN checking_until BIGINT;
 CREATE INDEX blob_checked ON blob (checked_at, id);
 CREATE INDEX blob_suspect ON blob (id) WHERE state = 'suspect';
+
+-- Manifests whose bytes in their row are not those of their digest.
+CREATE TABLE damaged_manifest (
+    manifest_id INTEGER PRIMARY KEY NOT NULL REFERENCES manifest (id) ON DELETE CASCADE,
+    found_at BIGINT NOT NULL
+);
 
 -- A repository that is being deleted has lost its name; its content goes in the background.
 ALTER TABLE repository ADD COLUMN deleted_name TEXT;
 ALTER TABLE repository ADD COLUMN deleted_at BIGINT;
+CREATE INDEX upload_repository ON upload (repository_id);
 
 CREATE TABLE collection_queue_2 (
     kind TEXT NOT NULL CHECK (kind IN ('manifest', 'repository_blob', 'blob', 'upload', 'repository')),
@@ -37,6 +49,11 @@ INSERT INTO collection_queue_2 SELECT kind, repository_id, target_id, due_at, at
 DROP TABLE collection_queue;
 ALTER TABLE collection_queue_2 RENAME TO collection_queue;
 CREATE INDEX collection_queue_due ON collection_queue (kind, due_at);
+
+CREATE INDEX collection_queue_failed ON collection_queue (kind) WHERE attempts > 1;
+
+-- Since when the subject of this row is gone; NULL while it is there, and where it never was.
+ALTER TABLE referrer ADD COLUMN subject_gone_at BIGINT;
 
 CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
 CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
@@ -60,6 +77,7 @@ CREATE TABLE pin (
     expires_at BIGINT,
     PRIMARY KEY (holder, repository_id, digest)
 ) WITHOUT ROWID;
+CREATE INDEX pin_repository ON pin (repository_id);
 CREATE INDEX pin_manifest ON pin (manifest_id);
 CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
 
@@ -143,3 +161,11 @@ CREATE TABLE retention_decision (
     undone_at BIGINT,
     PRIMARY KEY (run_id, repository, tag)
 ) WITHOUT ROWID;
+
+-- The number of the last transaction that each session to the database committed, so that the outcome of a COMMIT whose
+-- answer was lost can be found out; below zero it is a fence. SQLite has no use for it.
+CREATE TABLE commit_mark (
+    session INTEGER PRIMARY KEY NOT NULL,
+    last BIGINT NOT NULL,
+    at BIGINT NOT NULL
+);

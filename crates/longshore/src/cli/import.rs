@@ -1,0 +1,267 @@
+//! `longshore import`: what other registries hold, into a store that no server uses.
+
+mod live;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use oci::RepositoryName;
+use registry::Glob;
+use store::Store;
+use store::import::{
+    self, Distribution, Layouts, Placement, Plans, Report, Shape, Source, StoreSink,
+};
+
+use super::Global;
+use crate::output::{self, Exit, Refused};
+use crate::place::Place;
+
+pub(crate) use live::Live;
+
+/// Bring in what another registry holds.
+///
+/// Reads the storage directory of distribution or zot, a tree of OCI layouts, or a registry that runs, and puts every
+/// tag with its manifests, blobs and referrers into a data directory that no server uses, or into the store of a
+/// configuration. Every byte is hashed on its way in. What is there already is skipped, so a run that was broken off
+/// is simply started again. At the end both sides are compared.
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// Where from: `distribution:DIR`, `zot:DIR`, `layout:DIR` or `registry:HOST[/PREFIX]`.
+    #[arg(long, value_name = "SOURCE")]
+    from: From,
+    #[command(flatten)]
+    place: Place,
+    /// Only repositories whose name at the source fits: `*` within one component, `**` over several. Several may be
+    /// named.
+    #[arg(long, value_name = "GLOB", num_args = 1..)]
+    repository: Vec<String>,
+    /// Put before the name of every repository: `shop` becomes `PREFIX/shop`.
+    #[arg(long = "as", value_name = "PREFIX")]
+    prefix: Option<String>,
+    /// Also manifests without a tag that nothing names or refers to.
+    #[arg(long)]
+    untagged: bool,
+    /// Read and count, write nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Hard links in place of copies where blocks cannot be shared. The other program must never write into its files
+    /// again, and their owner and mode stay.
+    #[arg(long, conflicts_with = "copy")]
+    link: bool,
+    /// Write every byte anew, share nothing with the source.
+    #[arg(long)]
+    copy: bool,
+    /// How many blobs or manifests move at one time.
+    #[arg(long, value_name = "COUNT", default_value_t = 4)]
+    parallel: usize,
+    /// Send a registry no more than this many requests a second.
+    #[arg(long, value_name = "REQUESTS")]
+    rate: Option<u32>,
+}
+
+/// A source as it was named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum From {
+    Distribution(PathBuf),
+    Zot(PathBuf),
+    Layout(PathBuf),
+    Registry(String),
+}
+
+impl FromStr for From {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some((_, "")) => Err(format!("`{text}` names nothing after the colon")),
+            Some(("distribution", path)) => Ok(Self::Distribution(path.into())),
+            Some(("zot", path)) => Ok(Self::Zot(path.into())),
+            Some(("layout" | "oci", path)) => Ok(Self::Layout(path.into())),
+            Some(("registry", host)) => Ok(Self::Registry(host.trim_end_matches('/').to_owned())),
+            _ => Err(format!(
+                "`{text}`: write `distribution:DIR`, `zot:DIR`, `layout:DIR` or `registry:HOST[/PREFIX]`"
+            )),
+        }
+    }
+}
+
+impl Import {
+    pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
+        let placement = match (self.link, self.copy) {
+            (true, _) => Placement::Link,
+            (_, true) => Placement::Copy,
+            _ => Placement::Share,
+        };
+        let plans = Plans {
+            prefix: self
+                .prefix
+                .as_deref()
+                .map(|text| text.trim_end_matches('/').parse::<RepositoryName>())
+                .transpose()?,
+            untagged: self.untagged,
+            dry_run: self.dry_run,
+            ..plans(&self.repository, self.parallel, global)?
+        };
+        // A source that is not there must not leave a data directory behind.
+        match &self.from {
+            From::Distribution(path) => {
+                let source = Distribution::open(path)?;
+                self.bring(&source, placement, plans, global).await
+            }
+            From::Zot(path) => {
+                let source = Layouts::open(path, Shape::Zot)?;
+                self.bring(&source, placement, plans, global).await
+            }
+            From::Layout(path) => {
+                let source = Layouts::open(path, Shape::Plain)?;
+                self.bring(&source, placement, plans, global).await
+            }
+            From::Registry(name) => {
+                let source = Live::new(global.client()?, name, self.parallel, self.rate)?;
+                self.bring(&source, placement, plans, global).await
+            }
+        }
+    }
+
+    async fn bring<S: Source>(
+        &self,
+        source: &S,
+        placement: Placement,
+        plans: Plans,
+        global: &Global,
+    ) -> anyhow::Result<Exit> {
+        let store = self.place.open("import").await?;
+        let sink = StoreSink::new(&store, placement)?;
+        let outcome = beside_maintenance(&store, import::run(source, &sink, &plans)).await;
+        store.close().await?;
+        let report = outcome?;
+        show(&report, global)
+    }
+}
+
+/// Runs work on a store beside its background work.
+pub(crate) async fn beside_maintenance(
+    store: &Store,
+    work: impl Future<Output = Result<Report, import::Failure>>,
+) -> anyhow::Result<Report> {
+    tokio::pin!(work);
+    tokio::select! {
+        outcome = &mut work => Ok(outcome?),
+        () = store.maintain() => {
+            anyhow::bail!("the store stopped, look at its log and run this again")
+        }
+    }
+}
+
+/// The plans that import and export share.
+pub(crate) fn plans(globs: &[String], parallel: usize, global: &Global) -> anyhow::Result<Plans> {
+    let globs = globs
+        .iter()
+        .map(|text| {
+            text.parse::<Glob>().map_err(|error| {
+                Refused::new(Exit::USAGE, format!("`--repository {text}`: {error}"))
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let quiet = global.quiet || global.json;
+    Ok(Plans {
+        filter: Box::new(move |name| {
+            globs.is_empty() || globs.iter().any(|glob| glob.matches(name.as_str()))
+        }),
+        parallel,
+        progress: Box::new(move |name, left| {
+            if !quiet {
+                output::note(format!("{name} is done, {left} left"));
+            }
+        }),
+        ..Plans::default()
+    })
+}
+
+/// Prints what was done, and what is wrong; the exit code tells whether all is there.
+pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
+    if global.json {
+        output::json(&report.to_json())?;
+    } else {
+        let row = |name: &str, counts: &import::Counts| {
+            vec![
+                name.to_owned(),
+                counts.repositories.to_string(),
+                counts.tags.to_string(),
+                counts.manifests.to_string(),
+                counts.blobs.to_string(),
+                counts.referrers.to_string(),
+                output::bytes(counts.bytes),
+            ]
+        };
+        let mut rows = vec![row("source", &report.source)];
+        if !report.dry_run {
+            rows.push(row("destination", &report.destination));
+        }
+        output::table(
+            &[
+                "",
+                "REPOSITORIES",
+                "TAGS",
+                "MANIFESTS",
+                "BLOBS",
+                "REFERRERS",
+                "BYTES",
+            ],
+            &rows,
+        );
+        let moved = &report.moved;
+        if !report.dry_run {
+            output::line(format!(
+                "{} manifests and {} tags written; blobs: {} copied, {} shared, {} linked, {} were there",
+                moved.manifests,
+                moved.tags,
+                moved.copied,
+                moved.reflinked,
+                moved.linked,
+                moved.skipped
+            ));
+        }
+        for problem in &report.problems {
+            match &problem.repository {
+                Some(repository) => {
+                    output::line(format!("skipped: {repository}: {}", problem.message))
+                }
+                None => output::line(format!("skipped: {}", problem.message)),
+            }
+        }
+        for difference in &report.differences {
+            let there = difference
+                .destination
+                .as_ref()
+                .map_or_else(|| "nothing".to_owned(), ToString::to_string);
+            output::line(format!(
+                "differs: {}: {} is {there} at the destination",
+                difference.repository, difference.what
+            ));
+        }
+    }
+    Ok(if report.is_complete() {
+        Exit::OK
+    } else {
+        Exit::FAILED
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources() {
+        assert_eq!("zot:/a:b".parse(), Ok(From::Zot("/a:b".into())));
+        assert_eq!(
+            "registry:127.0.0.1:5000/x/".parse(),
+            Ok(From::Registry("127.0.0.1:5000/x".into()))
+        );
+        for wrong in ["", "zot:", "/var/lib", "ftp:x"] {
+            assert!(wrong.parse::<From>().is_err(), "{wrong}");
+        }
+    }
+}

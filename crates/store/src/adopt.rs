@@ -1,0 +1,126 @@
+//! What makes a restored database safe to serve from.
+//!
+//! A restored store has gone back in time. Readers of its events must notice (a new epoch), uploads that it
+//! remembers have lost bytes (they are over), and what looks unreferenced may be what somebody is about to name (a new
+//! lease for it). Physical deletions wait as well, so that the step can be repeated from the same backup. Doing it twice
+//! does no harm.
+
+use std::time::Duration;
+
+use crate::audit;
+use crate::error::Error;
+use crate::location::{DatabaseLocation, Location};
+use crate::model::{Actor, Options};
+use crate::sql::{Body, Db, Tx, WriteKind, statements};
+use crate::store::Store;
+
+statements! {
+    SET_EPOCH = "INSERT INTO meta (key, value) VALUES ('epoch', $1) \
+                 ON CONFLICT (key) DO UPDATE SET value = excluded.value";
+    END_UPLOADS = "UPDATE upload SET expires_at = $1, claimed_by = NULL, claimed_until = NULL \
+                   WHERE expires_at > $1";
+    UPLOADS_DUE = "UPDATE collection_queue SET due_at = $1 WHERE kind = 'upload' AND due_at > $1";
+    LEASE_BLOBS = "UPDATE repository_blob SET lease_until = $1 WHERE lease_until < $1 AND EXISTS ( \
+                       SELECT 1 FROM collection_queue q WHERE q.kind = 'repository_blob' \
+                       AND q.repository_id = repository_blob.repository_id \
+                       AND q.target_id = repository_blob.blob_id)";
+    LEASE_MANIFESTS = "UPDATE manifest SET lease_until = $1 WHERE lease_until < $1 AND EXISTS ( \
+                           SELECT 1 FROM collection_queue q WHERE q.kind = 'manifest' \
+                           AND q.repository_id = manifest.repository_id AND q.target_id = manifest.id)";
+    POSTPONE = "UPDATE collection_queue SET due_at = $1 WHERE kind <> 'upload' AND due_at < $1";
+    POSTPONE_DELETIONS = "UPDATE deletion SET due_at = $1 WHERE due_at < $1";
+}
+
+/// Marks a restored database.
+pub(crate) struct Adopt {
+    pub(crate) epoch: String,
+    pub(crate) lease: Duration,
+    pub(crate) actor: Actor,
+    /// What was restored, for the audit record.
+    pub(crate) target: String,
+}
+
+/// What an adoption changed.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// The new epoch of the events.
+    pub epoch: String,
+    /// Uploads that were ended.
+    pub uploads: u64,
+    /// Blobs and manifests that may be unreferenced and got a new lease.
+    pub leases: u64,
+}
+
+impl Body for Adopt {
+    type Output = Adopted;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Adopted, Error> {
+        let now = tx.now();
+        let until = now.plus(self.lease);
+        tx.execute(&SET_EPOCH, &[(&self.epoch).into()]).await?;
+        let uploads = tx.execute(&END_UPLOADS, &[now.into()]).await?;
+        tx.execute(&UPLOADS_DUE, &[now.into()]).await?;
+        let blobs = tx.execute(&LEASE_BLOBS, &[until.into()]).await?;
+        let manifests = tx.execute(&LEASE_MANIFESTS, &[until.into()]).await?;
+        tx.execute(&POSTPONE, &[until.into()]).await?;
+        tx.execute(&POSTPONE_DELETIONS, &[until.into()]).await?;
+        audit::allowed(tx, &self.actor, "restore", self.target.clone()).await?;
+        Ok(Adopted {
+            epoch: self.epoch.clone(),
+            uploads,
+            leases: blobs + manifests,
+        })
+    }
+}
+
+/// Marks a database that was restored with PostgreSQL's own tools, while no replica runs on it. May be repeated.
+///
+/// # Errors
+/// [`Error::Unavailable`] when programs are connected to the database, unless `force`; as [`Store::open_at`].
+pub async fn adopt(location: &Location, options: Options, force: bool) -> Result<Adopted, Error> {
+    if let DatabaseLocation::Postgres(url) = &location.database
+        && !force
+    {
+        let others = Db::others_on_postgres(url).await?;
+        if others > 0 {
+            return Err(Error::Unavailable {
+                what: "the restored database",
+                problem: format!(
+                    "{others} other connections use it; stop all replicas first, or use `--force` when \
+                     the connections are not those of replicas"
+                ),
+            });
+        }
+    }
+    let lease = options.lease;
+    let store = Store::open_at(location, options).await?;
+    let adopted = store.adopt(lease).await;
+    store.close().await?;
+    adopted
+}
+
+impl Store {
+    /// Marks this store as restored. Its own epoch is the new one after it is opened again.
+    #[doc(hidden)]
+    pub async fn adopt(&self, lease: Duration) -> Result<Adopted, Error> {
+        self.inner()
+            .db
+            .write(Adopt {
+                epoch: crate::clock::random_name()?,
+                lease,
+                actor: actor(),
+                target: "database".to_owned(),
+            })
+            .await
+    }
+}
+
+/// Whoever runs the command line on the server's machine.
+pub(crate) fn actor() -> Actor {
+    Actor {
+        principal: "operator".to_owned(),
+        request: String::new(),
+        address: String::new(),
+    }
+}

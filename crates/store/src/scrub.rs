@@ -1,0 +1,845 @@
+//! The scrub: reads what is stored again and compares it with its digest (`I20`).
+//!
+//! Every blob is read once per period, the one that was not read for the longest time first, at a set rate. Replicas
+//! share the work: a batch is claimed in one transaction, read outside of any (`I9`), and each verdict is a transaction
+//! of its own that holds only when the row still names the bytes that were read.
+//!
+//! A blob is marked `suspect` after two readings that both tell of damage: another digest, another length, no object.
+//! An object that cannot be read now (an error of the disk, a store that does not answer) gives no verdict. A suspect
+//! blob is absent to HEAD, so clients push it again, which heals it; until then it is read again now and then, and what
+//! was restored by hand is taken back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use oci::{Digest, Hasher, RepositoryName};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::blob::file_system::StorageKey;
+use crate::clock::Timestamp;
+use crate::error::Error;
+use crate::model::{Actor, Blob, BlobContent};
+use crate::sql::{Body, Row, Tx, WriteKind, statements};
+use crate::store::{Inner, Store, single};
+use crate::{audit, blob};
+
+statements! {
+    NEVER = "SELECT id, size FROM blob WHERE checked_at IS NULL \
+                 AND (checking_until IS NULL OR checking_until < $1) \
+             ORDER BY id LIMIT 64 {skip locked}";
+    DUE = "SELECT id, size FROM blob WHERE checked_at < $2 \
+               AND (checking_until IS NULL OR checking_until < $1) \
+           ORDER BY checked_at, id LIMIT 64 {skip locked}";
+    SUSPECT_DUE = "SELECT id, size FROM blob WHERE state = 'suspect' AND checked_at < $2 \
+                       AND (checking_until IS NULL OR checking_until < $1) \
+                   ORDER BY id LIMIT 16 {skip locked}";
+    CLAIM = "UPDATE blob SET checking_until = $2 WHERE id = $1";
+    LOOK = "SELECT digest, size, body, storage_key FROM blob WHERE id = $1";
+    TAKE = "SELECT digest, storage_key, state FROM blob WHERE id = $1 {for update}";
+    JUDGE = "UPDATE blob SET checked_at = $2, checking_until = NULL, state = $3 WHERE id = $1";
+    GET = "SELECT value FROM meta WHERE key = $1";
+    PUT = "INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value";
+    START = "INSERT INTO meta (key, value) VALUES ('scrub.manifests', $1) ON CONFLICT (key) DO NOTHING";
+    TAKE_PASS = "SELECT value FROM meta WHERE key = 'scrub.manifests' {for update}";
+    MANIFESTS = "SELECT id, size FROM manifest WHERE id > $1 ORDER BY id LIMIT 64";
+    MANIFEST = "SELECT m.digest, m.size, m.body, r.name, d.found_at FROM manifest m \
+                JOIN repository r ON r.id = m.repository_id \
+                LEFT JOIN damaged_manifest d ON d.manifest_id = m.id WHERE m.id = $1";
+    DAMAGED = "INSERT INTO damaged_manifest (manifest_id, found_at) \
+               SELECT id, $2 FROM manifest WHERE id = $1 ON CONFLICT (manifest_id) DO NOTHING";
+    MENDED = "DELETE FROM damaged_manifest WHERE manifest_id = $1";
+    LEFT = "SELECT COUNT(*) AS blobs, CAST(COALESCE(SUM(size), 0) AS BIGINT) AS bytes FROM blob \
+            WHERE checked_at IS NULL OR checked_at < $1";
+    OLDEST = "SELECT checked_at FROM blob WHERE checked_at IS NOT NULL ORDER BY checked_at, id LIMIT 1";
+    COUNT_SUSPECT = "SELECT COUNT(*) FROM blob WHERE state = 'suspect'";
+    SUSPECTS = "SELECT id, digest, size, checked_at FROM blob WHERE state = 'suspect' ORDER BY id LIMIT 100";
+    HELD_BY = "SELECT r.name FROM repository_blob rb JOIN repository r ON r.id = rb.repository_id \
+               WHERE rb.blob_id = $1 ORDER BY r.name LIMIT 20";
+    NEEDED_BY = "SELECT r.name, m.digest FROM repository_blob rb \
+                 JOIN manifest_blob e ON e.repository_id = rb.repository_id AND e.blob_id = rb.blob_id \
+                 JOIN manifest m ON m.id = e.manifest_id JOIN repository r ON r.id = m.repository_id \
+                 WHERE rb.blob_id = $1 ORDER BY r.name, m.digest LIMIT 20";
+    COUNT_DAMAGED = "SELECT COUNT(*) FROM damaged_manifest";
+    DAMAGED_LIST = "SELECT r.name, m.digest, d.found_at FROM damaged_manifest d \
+                    JOIN manifest m ON m.id = d.manifest_id JOIN repository r ON r.id = m.repository_id \
+                    ORDER BY d.manifest_id LIMIT 100";
+}
+
+/// How far the scrub is, and what it found.
+#[derive(Clone, Debug, Default)]
+pub struct ScrubStatus {
+    /// Bytes per second that one replica reads; 0: the scrub is off.
+    pub rate: u64,
+    /// Everything is read once in this time.
+    pub period: Duration,
+    /// Everything that was read before this moment is to be read again (the end of the period, or `scrub run`).
+    pub due_before: Timestamp,
+    /// Blobs that are to be read.
+    pub blobs_left: u64,
+    /// Their bytes.
+    pub bytes_left: u64,
+    /// When the blob was read that was not read for the longest time.
+    pub oldest: Option<Timestamp>,
+    /// When the walk over the manifests began; `None` before the first.
+    pub manifests_began: Option<Timestamp>,
+    /// When it ended; `None` while it is under way.
+    pub manifests_ended: Option<Timestamp>,
+    /// How many blobs are damaged.
+    pub suspect_count: u64,
+    /// The first hundred of them.
+    pub suspects: Vec<Suspect>,
+    /// How many manifests are damaged in their rows.
+    pub damaged_count: u64,
+    /// The first hundred of them.
+    pub damaged: Vec<DamagedManifest>,
+}
+
+/// A damaged blob.
+#[derive(Clone, Debug)]
+pub struct Suspect {
+    /// Its digest.
+    pub digest: Digest,
+    /// The bytes that it should have.
+    pub size: u64,
+    /// When it was last read.
+    pub checked_at: Option<Timestamp>,
+    /// Repositories that hold it, at most 20: a push to any of them heals it everywhere.
+    pub repositories: Vec<RepositoryName>,
+    /// Manifests that need it, at most 20.
+    pub manifests: Vec<(RepositoryName, Digest)>,
+}
+
+/// A manifest whose bytes are damaged in its row.
+#[derive(Clone, Debug)]
+pub struct DamagedManifest {
+    /// Where.
+    pub repository: RepositoryName,
+    /// The digest that it should have.
+    pub digest: Digest,
+    /// When it was found.
+    pub found_at: Timestamp,
+}
+
+/// What the scrub of this process did since it began.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    bytes: AtomicU64,
+    blobs: AtomicU64,
+    manifests: AtomicU64,
+    damaged: AtomicU64,
+    unreadable: AtomicU64,
+    /// Wakes the worker.
+    wake: Notify,
+}
+
+/// What the scrub of this process did since it began, for `/metrics`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScrubCounters {
+    /// Bytes read and hashed.
+    pub bytes: u64,
+    /// Blobs read to their end.
+    pub blobs: u64,
+    /// Manifests compared with their digest.
+    pub manifests: u64,
+    /// Blobs and manifests that were found damaged.
+    pub damaged: u64,
+    /// Blobs that could not be read, without a verdict.
+    pub unreadable: u64,
+}
+
+impl Store {
+    /// Reads what is stored again, at the set rate, until the future is dropped. It ends by itself only when the store
+    /// has stopped.
+    pub async fn scrub(&self) {
+        let rate = self.0.options.scrub_rate;
+        if rate == 0 {
+            return std::future::pending().await;
+        }
+        let mut pace = Pace::new(rate);
+        let mut told = String::new();
+        loop {
+            match self.scrub_round(&mut pace).await {
+                Ok(0) => {
+                    told.clear();
+                    let _ = tokio::time::timeout(IDLE, self.0.scrub.wake.notified()).await;
+                }
+                Ok(_) => told.clear(),
+                Err(Error::Stopped) => return,
+                Err(error) => {
+                    let text = error.to_string();
+                    if told != text {
+                        tracing::warn!(%error, "the scrub stands still, it goes on by itself");
+                        told = text;
+                    }
+                    tokio::time::sleep(IDLE).await;
+                }
+            }
+        }
+    }
+
+    /// Reads everything that is due, as fast as it goes; how many blobs and manifests were looked at.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn scrub_once(&self) -> Result<u64, Error> {
+        let mut pace = Pace::new(u64::MAX);
+        let mut looked_at = 0;
+        loop {
+            match self.scrub_round(&mut pace).await? {
+                0 => return Ok(looked_at),
+                some => looked_at += some,
+            }
+        }
+    }
+
+    /// Makes everything due that was read before now, on every replica.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    pub async fn run_scrub(&self, actor: &Actor) -> Result<(), Error> {
+        self.0.db.write(Since(actor.clone())).await?;
+        self.0.scrub.wake.notify_one();
+        Ok(())
+    }
+
+    /// How far the scrub is, and what it found.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn scrub_status(&self) -> Result<ScrubStatus, Error> {
+        let inner = &self.0;
+        let (db, options) = (&inner.db, &inner.options);
+        let due_before = due_before(inner).await?;
+        let left = db.scan(&LEFT, vec![due_before.into()]).await?;
+        let (blobs_left, bytes_left) = left
+            .first()
+            .map_or(Ok::<_, Error>((0, 0)), |row| Ok((row.u64(0)?, row.u64(1)?)))?;
+        let pass = db.read(&GET, &["scrub.manifests".into()]).await?;
+        let pass = match pass.first() {
+            Some(row) => Pass::parse(&row.text(0)?),
+            None => Pass::default(),
+        };
+        let mut suspects = Vec::new();
+        for row in db.scan(&SUSPECTS, Vec::new()).await? {
+            let id = row.i64(0)?;
+            let held = db.scan(&HELD_BY, vec![id.into()]).await?;
+            let needed = db.scan(&NEEDED_BY, vec![id.into()]).await?;
+            suspects.push(Suspect {
+                digest: row.digest(1)?,
+                size: row.u64(2)?,
+                checked_at: row.opt_i64(3)?.map(Timestamp),
+                repositories: held
+                    .iter()
+                    .map(|row| row.parse(0))
+                    .collect::<Result<_, _>>()?,
+                manifests: needed
+                    .iter()
+                    .map(|row| Ok((row.parse(0)?, row.digest(1)?)))
+                    .collect::<Result<_, Error>>()?,
+            });
+        }
+        let damaged = db.scan(&DAMAGED_LIST, Vec::new()).await?;
+        Ok(ScrubStatus {
+            rate: options.scrub_rate,
+            period: options.scrub_period,
+            due_before,
+            blobs_left,
+            bytes_left,
+            oldest: match db.read(&OLDEST, &[]).await?.first() {
+                Some(row) => row.opt_i64(0)?.map(Timestamp),
+                None => None,
+            },
+            manifests_began: pass.began.map(Timestamp),
+            manifests_ended: pass.ended.map(Timestamp),
+            suspect_count: single(&db.scan(&COUNT_SUSPECT, Vec::new()).await?)?,
+            suspects,
+            damaged_count: single(&db.scan(&COUNT_DAMAGED, Vec::new()).await?)?,
+            damaged: damaged
+                .iter()
+                .map(|row| {
+                    Ok(DamagedManifest {
+                        repository: row.parse(0)?,
+                        digest: row.digest(1)?,
+                        found_at: row.time(2)?,
+                    })
+                })
+                .collect::<Result<_, Error>>()?,
+        })
+    }
+
+    /// How many blobs are marked as damaged.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn suspect_count(&self) -> Result<u64, Error> {
+        single(&self.0.db.scan(&COUNT_SUSPECT, Vec::new()).await?)
+    }
+
+    /// What the scrub of this process did since it began.
+    pub fn scrub_counters(&self) -> ScrubCounters {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.0.scrub;
+        ScrubCounters {
+            bytes: of(&counters.bytes),
+            blobs: of(&counters.blobs),
+            manifests: of(&counters.manifests),
+            damaged: of(&counters.damaged),
+            unreadable: of(&counters.unreadable),
+        }
+    }
+
+    /// Claims what is due and reads it; how many blobs and manifests were looked at.
+    async fn scrub_round(&self, pace: &mut Pace) -> Result<u64, Error> {
+        let inner = &self.0;
+        let due_before = due_before(inner).await?;
+        let blobs = inner
+            .db
+            .write(ClaimBlobs {
+                due_before,
+                rate: inner.options.scrub_rate,
+            })
+            .await?;
+        for &id in &blobs {
+            self.scrub_blob(id, pace).await?;
+        }
+        let manifests = inner.db.write(NextManifests { due_before }).await?;
+        for &id in &manifests {
+            self.scrub_manifest(id, pace).await?;
+        }
+        Ok((blobs.len() + manifests.len()) as u64)
+    }
+
+    async fn scrub_blob(&self, id: i64, pace: &mut Pace) -> Result<(), Error> {
+        let inner = &self.0;
+        let Some(first) = Subject::look(inner, id).await? else {
+            return Ok(());
+        };
+        pace.take(OVERHEAD).await;
+        let mut verdict = first.read(inner, pace).await;
+        if let Verdict::Damaged(_) = verdict {
+            // Once more, from the row on: it may have been healed, or be gone, while it was read.
+            match Subject::look(inner, id).await? {
+                Some(second) if second.key == first.key => {
+                    verdict = second.read(inner, pace).await;
+                }
+                // A push that healed it has given the claim back.
+                _ => return Ok(()),
+            }
+        }
+        let counters = &inner.scrub;
+        let damage = match verdict {
+            Verdict::Sound => None,
+            Verdict::Damaged(problem) => Some(problem),
+            Verdict::Unknown(error) => {
+                // The claim runs out, then it is tried again.
+                counters.unreadable.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(digest = %first.digest, %error, "a blob cannot be read now, it is tried again later");
+                return match error {
+                    Error::Stopped => Err(Error::Stopped),
+                    _ => Ok(()),
+                };
+            }
+        };
+        counters.blobs.fetch_add(1, Ordering::Relaxed);
+        let change = inner
+            .db
+            .write(Judge {
+                id,
+                key: first.key.clone(),
+                damaged: damage.is_some(),
+            })
+            .await?;
+        match (change, damage) {
+            (Change::Suspect, damage) => {
+                counters.damaged.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    digest = %first.digest,
+                    problem = damage.unwrap_or_default(),
+                    "a blob is damaged; pushing it again heals it"
+                );
+            }
+            (Change::Sound, _) => {
+                tracing::info!(digest = %first.digest, "a blob that was damaged is whole again");
+            }
+            (Change::None, _) => {}
+        }
+        Ok(())
+    }
+
+    async fn scrub_manifest(&self, id: i64, pace: &mut Pace) -> Result<(), Error> {
+        let inner = &self.0;
+        let mut last = None;
+        for _ in 0..2 {
+            let rows = inner.db.read(&MANIFEST, &[id.into()]).await?;
+            let Some(row) = rows.first() else {
+                return Ok(());
+            };
+            let (digest, body) = (row.digest(0)?, row.bytes(2)?);
+            pace.take(body.len() as u64).await;
+            inner
+                .scrub
+                .bytes
+                .fetch_add(body.len() as u64, Ordering::Relaxed);
+            let known = row.opt_i64(4)?.is_some();
+            if body.len() as u64 == row.u64(1)? && digest.matches(&body) {
+                inner.scrub.manifests.fetch_add(1, Ordering::Relaxed);
+                if known {
+                    inner.db.write(ManifestFound { id, damaged: None }).await?;
+                }
+                return Ok(());
+            }
+            if known {
+                return Ok(());
+            }
+            last = Some(format!("{}@{digest}", row.text(3)?));
+        }
+        let Some(name) = last else {
+            return Ok(());
+        };
+        inner.scrub.damaged.fetch_add(1, Ordering::Relaxed);
+        tracing::error!(manifest = %name, "a manifest is damaged in its row; pushing it again heals it");
+        inner
+            .db
+            .write(ManifestFound {
+                id,
+                damaged: Some(name),
+            })
+            .await
+    }
+}
+
+/// What was read before this moment is due.
+async fn due_before(inner: &Inner) -> Result<Timestamp, Error> {
+    let period = inner.clock.now().minus(inner.options.scrub_period);
+    let rows = inner.db.read(&GET, &["scrub.since".into()]).await?;
+    let since = match rows.first() {
+        Some(row) => row.text(0)?.parse().unwrap_or(i64::MIN),
+        None => i64::MIN,
+    };
+    Ok(period.max(Timestamp(since)))
+}
+
+/// A blob as its row tells of it.
+struct Subject {
+    digest: Digest,
+    size: u64,
+    body: Option<Vec<u8>>,
+    key: Option<String>,
+}
+
+impl Subject {
+    async fn look(inner: &Inner, id: i64) -> Result<Option<Self>, Error> {
+        let mut rows = inner.db.read(&LOOK, &[id.into()]).await?;
+        rows.first_mut()
+            .map(|row: &mut Row| {
+                Ok(Self {
+                    digest: row.digest(0)?,
+                    size: row.u64(1)?,
+                    body: row.opt_bytes(2)?,
+                    key: row.opt_text(3)?,
+                })
+            })
+            .transpose()
+    }
+
+    async fn read(&self, inner: &Arc<Inner>, pace: &mut Pace) -> Verdict {
+        let content = match (&self.key, &self.body) {
+            (Some(key), _) => match StorageKey::parse(key) {
+                Ok(key) => blob::open_object(inner, &key, self.size).await,
+                Err(error) => Err(error),
+            },
+            (None, body) => Ok(BlobContent::Inline(body.clone().unwrap_or_default().into())),
+        };
+        let content = match content {
+            Ok(content) => content,
+            Err(error) => return Verdict::of_failure(error),
+        };
+        let blob = Blob {
+            size: self.size,
+            content,
+        };
+        let verdict = hash(&blob, &self.digest, |bytes| pace.take(bytes)).await;
+        if !matches!(verdict, Verdict::Unknown(_)) {
+            inner.scrub.bytes.fetch_add(self.size, Ordering::Relaxed);
+        }
+        verdict
+    }
+}
+
+/// What a reading says.
+pub(crate) enum Verdict {
+    Sound,
+    /// What is wrong.
+    Damaged(String),
+    /// It could not be read; that says nothing of what is stored.
+    Unknown(Error),
+}
+
+impl Verdict {
+    /// Tells damage from a failure that may pass.
+    pub(crate) fn of_failure(error: Error) -> Self {
+        match &error {
+            Error::Damaged { problem, .. } => Self::Damaged(problem.clone()),
+            Error::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                Self::Damaged(format!("`{}` is missing", path.display()))
+            }
+            _ => Self::Unknown(error),
+        }
+    }
+}
+
+/// Reads an open blob to its end and compares its digest. `pause` is awaited with the bytes of each piece.
+pub(crate) async fn hash<F: Future<Output = ()>>(
+    blob: &Blob,
+    digest: &Digest,
+    mut pause: impl FnMut(u64) -> F,
+) -> Verdict {
+    let mut hasher = Hasher::new(digest.algorithm());
+    if let BlobContent::Inline(bytes) = &blob.content {
+        pause(bytes.len() as u64).await;
+        return judge(
+            digest,
+            &Digest::of(digest.algorithm(), bytes),
+            bytes.len() as u64,
+            blob.size,
+        );
+    }
+    let mut at = 0;
+    while at < blob.size {
+        let end = (at + PIECE).min(blob.size);
+        let piece = match blob.read(at..end).await {
+            Ok(piece) => piece,
+            Err(error) => return Verdict::of_failure(error),
+        };
+        pause(piece.len() as u64).await;
+        let hashed = tokio::task::spawn_blocking(move || {
+            hasher.update(&piece);
+            (hasher, piece.len() as u64)
+        })
+        .await;
+        let Ok((back, length)) = hashed else {
+            return Verdict::Unknown(Error::Stopped);
+        };
+        hasher = back;
+        at += length;
+        if length == 0 {
+            break;
+        }
+    }
+    judge(digest, &hasher.finish(), at, blob.size)
+}
+
+fn judge(digest: &Digest, actual: &Digest, length: u64, size: u64) -> Verdict {
+    if length != size {
+        Verdict::Damaged(format!("it has {length} bytes, not {size}"))
+    } else if actual == digest {
+        Verdict::Sound
+    } else {
+        Verdict::Damaged(format!("it has digest `{actual}`"))
+    }
+}
+
+/// Keeps reading at a rate. What was not used is not saved up.
+struct Pace {
+    rate: u64,
+    next: Instant,
+}
+
+impl Pace {
+    fn new(rate: u64) -> Self {
+        Self {
+            rate,
+            next: Instant::now(),
+        }
+    }
+
+    /// Waits as long as these bytes take at the rate.
+    fn take(&mut self, bytes: u64) -> impl Future<Output = ()> + Send + use<> {
+        let took = if self.rate == u64::MAX {
+            Duration::ZERO
+        } else {
+            // Invariant: both are far below 2^52, and the rate is not 0.
+            Duration::from_secs_f64(bytes as f64 / self.rate as f64)
+        };
+        self.next = self.next.max(Instant::now()) + took;
+        let until = self.next;
+        async move {
+            if !took.is_zero() {
+                tokio::time::sleep_until(until).await;
+            }
+        }
+    }
+}
+
+/// Claims blobs that are due: the suspect ones, those that were never read, then those that were not read for the
+/// longest time. The claim runs out by itself when the reader dies.
+struct ClaimBlobs {
+    due_before: Timestamp,
+    rate: u64,
+}
+
+impl Body for ClaimBlobs {
+    type Output = Vec<i64>;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Vec<i64>, Error> {
+        let now = tx.now();
+        let again = now.minus(SUSPECT_AGAIN);
+        let mut rows = tx.query(&SUSPECT_DUE, &[now.into(), again.into()]).await?;
+        if rows.is_empty() {
+            rows = tx.query(&NEVER, &[now.into()]).await?;
+        }
+        if rows.is_empty() {
+            rows = tx
+                .query(&DUE, &[now.into(), self.due_before.into()])
+                .await?;
+        }
+        let (mut ids, mut bytes) = (Vec::new(), 0_u64);
+        for row in &rows {
+            ids.push(row.i64(0)?);
+            bytes = bytes.saturating_add(row.u64(1)?);
+            if bytes >= BATCH_BYTES {
+                break;
+            }
+        }
+        // Twice the time that two readings take, and some.
+        let takes = Duration::from_secs(4 * (bytes / self.rate.max(1)).min(1 << 24));
+        let until = now.plus(CLAIM_LASTS + takes);
+        for id in &ids {
+            tx.execute(&CLAIM, &[(*id).into(), until.into()]).await?;
+        }
+        Ok(ids)
+    }
+}
+
+/// The verdict on a blob. It holds only when the row still names what was read.
+struct Judge {
+    id: i64,
+    key: Option<String>,
+    damaged: bool,
+}
+
+/// What a verdict changed.
+#[derive(Clone, Copy)]
+enum Change {
+    None,
+    Suspect,
+    Sound,
+}
+
+impl Body for Judge {
+    type Output = Change;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Change, Error> {
+        let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {
+            return Ok(Change::None);
+        };
+        if row.opt_text(1)? != self.key {
+            return Ok(Change::None);
+        }
+        let was_sound = row.text(2)? == "ok";
+        let state = if self.damaged { "suspect" } else { "ok" };
+        let now = tx.now();
+        tx.execute(&JUDGE, &[self.id.into(), now.into(), state.into()])
+            .await?;
+        let (change, action) = match (was_sound, self.damaged) {
+            (true, true) => (Change::Suspect, "blob.suspect"),
+            (false, false) => (Change::Sound, "blob.sound"),
+            _ => return Ok(Change::None),
+        };
+        audit::allowed(tx, &scrubber(), action, row.digest(0)?.to_string()).await?;
+        Ok(change)
+    }
+}
+
+/// Where the walk over the manifests is; one row for all replicas.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Pass {
+    after: Option<i64>,
+    began: Option<i64>,
+    ended: Option<i64>,
+}
+
+impl Pass {
+    fn parse(text: &str) -> Self {
+        // A walk that cannot be read begins anew.
+        serde_json::from_str(text).unwrap_or_default()
+    }
+}
+
+/// Takes the next manifests of the walk. What a replica that dies has taken is read in the next walk.
+struct NextManifests {
+    due_before: Timestamp,
+}
+
+impl Body for NextManifests {
+    type Output = Vec<i64>;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Vec<i64>, Error> {
+        tx.execute(&START, &["{}".into()]).await?;
+        let mut pass = match tx.query_opt(&TAKE_PASS, &[]).await? {
+            Some(row) => Pass::parse(&row.text(0)?),
+            None => Pass::default(),
+        };
+        let Timestamp(now) = tx.now();
+        match (pass.began, pass.ended) {
+            (Some(began), Some(_)) if Timestamp(began) >= self.due_before => return Ok(Vec::new()),
+            (None, _) | (_, Some(_)) => {
+                pass = Pass {
+                    after: None,
+                    began: Some(now),
+                    ended: None,
+                };
+            }
+            // `scrub run` begins a walk that is under way anew.
+            (Some(began), None) if Timestamp(began) < self.due_before => {
+                pass = Pass {
+                    after: None,
+                    began: Some(now),
+                    ended: None,
+                };
+            }
+            (Some(_), None) => {}
+        }
+        let (mut ids, mut bytes) = (Vec::new(), 0_u64);
+        for row in tx
+            .query(&MANIFESTS, &[pass.after.unwrap_or(i64::MIN).into()])
+            .await?
+        {
+            ids.push(row.i64(0)?);
+            bytes = bytes.saturating_add(row.u64(1)?);
+            if bytes >= BATCH_BYTES {
+                break;
+            }
+        }
+        match ids.last() {
+            Some(last) => pass.after = Some(*last),
+            None => pass.ended = Some(now),
+        }
+        let text = serde_json::to_string(&pass)
+            .map_err(|error| Error::Database(format!("the walk cannot be written: {error}")))?;
+        tx.execute(&PUT, &["scrub.manifests".into(), text.into()])
+            .await?;
+        Ok(ids)
+    }
+}
+
+/// Notes that a manifest is damaged (its name), or no longer.
+struct ManifestFound {
+    id: i64,
+    damaged: Option<String>,
+}
+
+impl Body for ManifestFound {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        match &self.damaged {
+            Some(name) => {
+                let now = tx.now();
+                if tx.execute(&DAMAGED, &[self.id.into(), now.into()]).await? > 0 {
+                    audit::allowed(tx, &scrubber(), "manifest.damaged", name.clone()).await?;
+                }
+                Ok(())
+            }
+            None => tx.execute(&MENDED, &[self.id.into()]).await.map(drop),
+        }
+    }
+}
+
+/// Makes everything due.
+struct Since(Actor);
+
+impl Body for Since {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let Timestamp(now) = tx.now();
+        tx.execute(&PUT, &["scrub.since".into(), now.to_string().into()])
+            .await?;
+        audit::allowed(tx, &self.0, "scrub.run", String::new()).await
+    }
+}
+
+fn scrubber() -> Actor {
+    Actor {
+        principal: "system:scrub".to_owned(),
+        request: String::new(),
+        address: String::new(),
+    }
+}
+
+/// The time between two looks when nothing was due.
+const IDLE: Duration = Duration::from_secs(10);
+/// How long a claim lasts beside the time that reading takes.
+const CLAIM_LASTS: Duration = Duration::from_mins(10);
+/// How long after a reading a damaged blob is read again.
+const SUSPECT_AGAIN: Duration = Duration::from_hours(1);
+/// Bytes of a batch, about.
+const BATCH_BYTES: u64 = 64 << 20;
+/// Bytes that a blob counts for beside its own: its two transactions.
+const OVERHEAD: u64 = 64 << 10;
+/// Bytes that are read at once.
+const PIECE: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_kept_and_a_pause_is_not_made_up_for() {
+        let mut pace = Pace::new(1000);
+        let begun = pace.next;
+        for _ in 0..10 {
+            drop(pace.take(500));
+        }
+        assert!(pace.next >= begun + Duration::from_secs(5));
+        assert!(pace.next < begun + Duration::from_secs(6));
+        let now = Instant::now();
+        pace.next = now.checked_sub(Duration::from_secs(100)).unwrap_or(now);
+        drop(pace.take(1000));
+        assert!(pace.next >= now + Duration::from_secs(1));
+    }
+
+    #[tokio::test]
+    async fn verdicts() {
+        let digest = Digest::sha256(b"right");
+        let blob = |bytes: &'static [u8], size| Blob {
+            size,
+            content: BlobContent::Inline(bytes.into()),
+        };
+        let free = |_| std::future::ready(());
+        assert!(matches!(
+            hash(&blob(b"right", 5), &digest, free).await,
+            Verdict::Sound
+        ));
+        assert!(matches!(
+            hash(&blob(b"wrong", 5), &digest, free).await,
+            Verdict::Damaged(_)
+        ));
+        assert!(matches!(
+            hash(&blob(b"right", 6), &digest, free).await,
+            Verdict::Damaged(_)
+        ));
+        assert!(matches!(
+            Verdict::of_failure(Error::Database("not now".to_owned())),
+            Verdict::Unknown(_)
+        ));
+        assert!(matches!(
+            Verdict::of_failure(Error::Io {
+                operation: "open",
+                path: "x".into(),
+                source: std::io::ErrorKind::NotFound.into(),
+            }),
+            Verdict::Damaged(_)
+        ));
+    }
+}

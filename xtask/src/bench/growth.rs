@@ -1,0 +1,516 @@
+//! What a registry costs as it grows: start, pages, pushes and collection at different sizes.
+//!
+//! Each task makes what it needs, measures it at two or more sizes in one run, and shows the ratio of each size to the
+//! first: a cost that is flat has ratios near 1. Peers take part where a task needs nothing but the distribution API.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use e2e::Server;
+use e2e::server::Options;
+use serde_json::{Value, json};
+
+use super::content::{MANIFEST, Random};
+use super::contestant::{OURS, Peer};
+use super::load::{all, expect, push_blob};
+use super::report::median;
+use super::wire::{Base, Wire};
+use super::{Arguments, Task, process, say};
+
+/// Pushers that fill a registry.
+const FILLERS: usize = 32;
+/// Repositories that manifests are spread over.
+const REPOSITORIES: u64 = 100;
+/// Starts that are measured at each size.
+const STARTS: usize = 5;
+/// Pages and pushes that are measured at each size.
+const SAMPLES: usize = 300;
+/// Blobs that are given to the collector.
+const GARBAGE: u64 = 4000;
+/// Their size: too large for a row, so each is an object.
+const GARBAGE_SIZE: usize = 32 * 1024;
+/// How long the collector may take.
+const PATIENCE: Duration = Duration::from_mins(10);
+
+/// The figures of one task.
+pub(crate) struct Table {
+    task: Task,
+    title: String,
+    load: String,
+    rows: Vec<Row>,
+    failures: Vec<String>,
+}
+
+/// One contestant at one size.
+struct Row {
+    name: String,
+    size: u64,
+    /// What was measured, in the unit that its name ends with.
+    figures: BTreeMap<&'static str, f64>,
+}
+
+impl Table {
+    fn new(task: Task, title: String) -> Self {
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        Self {
+            task,
+            title,
+            load: load.split(' ').next().unwrap_or_default().to_owned(),
+            rows: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    fn row(&mut self, name: &str, size: u64, figures: &[(&'static str, f64)]) {
+        self.rows.push(Row {
+            name: name.to_owned(),
+            size,
+            figures: figures.iter().copied().collect(),
+        });
+    }
+
+    /// The ratio of a figure to that of the same contestant's first row.
+    fn ratio(&self, row: &Row, figure: &str) -> Option<f64> {
+        let first = self.rows.iter().find(|first| first.name == row.name)?;
+        Some(row.figures.get(figure)? / first.figures.get(figure)?.max(1e-9))
+    }
+
+    pub(crate) fn failed(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
+    pub(crate) fn write(&self, text: &mut String) {
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "\n{}: {} (load average {})",
+            self.task.name(),
+            self.title,
+            self.load
+        );
+        for row in &self.rows {
+            let _ = write!(text, "  {:<20} {:>9}", row.name, row.size);
+            for (figure, value) in &row.figures {
+                let ratio = self
+                    .ratio(row, figure)
+                    .map_or_else(String::new, |ratio| format!(" ({ratio:.2})"));
+                let _ = write!(text, "   {figure} {value:.3}{ratio}");
+            }
+            text.push('\n');
+        }
+        for failure in &self.failures {
+            let _ = writeln!(text, "  failed: {failure}");
+        }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let rows: Vec<_> = self
+            .rows
+            .iter()
+            .map(|row| {
+                let ratios: BTreeMap<_, _> = row
+                    .figures
+                    .keys()
+                    .map(|figure| (*figure, self.ratio(row, figure)))
+                    .collect();
+                json!({ "name": row.name, "size": row.size, "figures": row.figures, "of_first": ratios })
+            })
+            .collect();
+        json!({
+            "task": self.task.name(),
+            "title": self.title,
+            "load_average": self.load,
+            "rows": rows,
+            "failures": self.failures,
+        })
+    }
+}
+
+/// Does one task.
+pub(crate) fn run(task: Task, arguments: &Arguments, program: &Path, dir: &Path) -> Table {
+    let growth = Growth {
+        arguments,
+        program: program.to_owned(),
+        dir: dir.join(task.name()),
+    };
+    let title = match task {
+        Task::Start => {
+            "from the start of the process until it answers, by number of manifests".to_owned()
+        }
+        Task::TagPage => "a page of 100 tags from a random place, by number of tags".to_owned(),
+        Task::PushAtTags => {
+            "PUT of one manifest under a new tag, by number of tags in the repository".to_owned()
+        }
+        Task::Collection => format!(
+            "collection of {GARBAGE} blobs, by number of live manifests; pulls of 1 MiB on 8 connections without and during it"
+        ),
+        _ => String::new(),
+    };
+    let mut table = Table::new(task, title);
+    let outcome = match task {
+        Task::Start => growth.start(&mut table),
+        Task::TagPage => growth.each(&mut table, |growth, name, base, table| {
+            growth.tag_page(name, base, table)
+        }),
+        Task::PushAtTags => growth.each(&mut table, |growth, name, base, table| {
+            growth.push_at_tags(name, base, table)
+        }),
+        Task::Collection => growth.collection(&mut table),
+        _ => Ok(()),
+    };
+    if let Err(error) = outcome {
+        say(&format!("{}: {error:#}", task.name()));
+        table.failures.push(format!("{error:#}"));
+    }
+    table
+}
+
+struct Growth<'a> {
+    arguments: &'a Arguments,
+    program: PathBuf,
+    dir: PathBuf,
+}
+
+impl Growth<'_> {
+    fn server(&self, config: Option<&str>) -> anyhow::Result<(Server, Base)> {
+        let mut options = Options::new(self.program.clone()).data(&self.dir);
+        if let Some(config) = config {
+            options = options.config(config);
+        }
+        let server = options.start().map_err(|error| anyhow::anyhow!(error))?;
+        let base = Base::parse(server.url()).map_err(anyhow::Error::msg)?;
+        Ok((server, base))
+    }
+
+    /// Every contestant does a task; one that fails takes nobody with it.
+    fn each(
+        &self,
+        table: &mut Table,
+        work: impl Fn(&Self, &str, &Base, &mut Table) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let (_server, base) = self.server(None)?;
+        let peers = self.arguments.peers.iter().map(Peer::place);
+        for (name, base) in std::iter::once((OURS, &base)).chain(peers) {
+            if let Err(error) = work(self, name, base, table) {
+                table.failures.push(format!("{name}: {error:#}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&self, table: &mut Table) -> anyhow::Result<()> {
+        let mut there = 0;
+        for &size in &self.arguments.manifests {
+            let (mut server, base) = self.server(None)?;
+            say(&format!("start: filling up to {size} manifests"));
+            fill(&base, there..size)?;
+            there = there.max(size);
+            server.stop();
+            drop(server);
+            let mut times = Vec::new();
+            let mut memory = Vec::new();
+            for _ in 0..STARTS {
+                let start = Instant::now();
+                let (mut server, base) = self.server(None)?;
+                let (head, _) = Wire::open(&base)?.call("GET", "/v2/", "", b"")?;
+                times.push(start.elapsed().as_secs_f64() * 1e3);
+                expect(&head, 200, "GET of /v2/")?;
+                memory.push(process::peak(server.pid())? as f64 / super::MIB as f64);
+                server.stop();
+            }
+            table.row(
+                OURS,
+                size,
+                &[("ms", median(&times)), ("peak MiB", median(&memory))],
+            );
+        }
+        Ok(())
+    }
+
+    fn tag_page(&self, name: &str, base: &Base, table: &mut Table) -> anyhow::Result<()> {
+        let tags = self.arguments.tags;
+        for size in [tags / 20, tags] {
+            let repository = format!("bench/page-{size}");
+            say(&format!("tag-page: {name}: {size} tags"));
+            set_tags(base, &repository, size)?;
+            let mut wire = Wire::open(base)?;
+            let mut random = Random::new()?;
+            let mut times = Vec::new();
+            for _ in 0..SAMPLES {
+                let last = random.below(size.saturating_sub(101).max(1));
+                let target = format!("/v2/{repository}/tags/list?n=100&last={}", tag(last));
+                let start = Instant::now();
+                let (head, body) = wire.call("GET", &target, "", b"")?;
+                times.push(start.elapsed().as_secs_f64() * 1e3);
+                expect(&head, 200, "GET of a page of tags")?;
+                let page: Value = serde_json::from_slice(&body)?;
+                let first = page["tags"][0].as_str().unwrap_or_default();
+                ensure!(first == tag(last + 1), "the page begins with `{first}`");
+            }
+            table.row(name, size, &percentiles(&times));
+        }
+        Ok(())
+    }
+
+    fn push_at_tags(&self, name: &str, base: &Base, table: &mut Table) -> anyhow::Result<()> {
+        let sizes = [0, self.arguments.tags];
+        let repositories = sizes.map(|size| format!("bench/push-{size}"));
+        for (repository, size) in repositories.iter().zip(sizes) {
+            say(&format!("push-at-tags: {name}: {size} tags"));
+            set_tags(base, repository, size.max(1))?;
+        }
+        let mut wire = Wire::open(base)?;
+        let mut times = [Vec::new(), Vec::new()];
+        // By turns, so that both see the same machine.
+        for number in 0..SAMPLES as u64 {
+            for (repository, times) in repositories.iter().zip(&mut times) {
+                let manifest = manifest(&format!("{repository}-{number}-{}", process_id()));
+                let start = Instant::now();
+                put(&mut wire, repository, &format!("new-{number}"), &manifest)?;
+                times.push(start.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        for (size, times) in sizes.into_iter().zip(&times) {
+            table.row(name, size, &percentiles(times));
+        }
+        Ok(())
+    }
+
+    /// The collector is switched off while garbage is made, and works after the next start.
+    fn collection(&self, table: &mut Table) -> anyhow::Result<()> {
+        const OFF: &str = "version: 1\ngc:\n  enabled: false\n";
+        const ON: &str = "version: 1\ngc:\n  enabled: true\n";
+        let mut there = 0;
+        for &size in &self.arguments.manifests {
+            let (mut server, base) = self.server(Some(OFF))?;
+            say(&format!("collection: filling up to {size} manifests"));
+            fill(&base, there..size)?;
+            there = there.max(size);
+            let pulled = push_blob(&mut Wire::open(&base)?, "bench/pulled", &vec![7; 1 << 20])?;
+            garbage(&base)?;
+            ensure!(waiting(&base)? >= GARBAGE, "the garbage does not wait");
+            let without = pulls(&base, &pulled, || Ok(false))?;
+            server.stop();
+            drop(server);
+
+            let (server, base) = self.server(Some(ON))?;
+            let (cpu, start) = (process::cpu(server.pid())?, Instant::now());
+            let during = pulls(&base, &pulled, || Ok(waiting(&base)? == 0))?;
+            while waiting(&base)? > 0 {
+                ensure!(start.elapsed() < PATIENCE, "the collection does not end");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            let took = start.elapsed().as_secs_f64();
+            let cpu = process::cpu(server.pid())?.saturating_sub(cpu);
+            table.row(
+                OURS,
+                size,
+                &[
+                    ("collected/s", GARBAGE as f64 / took),
+                    ("CPU s with pulls", cpu.as_secs_f64()),
+                    ("pull p99 ms without", percentile(&without, 99)),
+                    ("pull p99 ms during", percentile(&during, 99)),
+                    (
+                        "p99 during/without",
+                        percentile(&during, 99) / percentile(&without, 99).max(1e-9),
+                    ),
+                ],
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What waits for the collector and for the outbox.
+fn waiting(base: &Base) -> anyhow::Result<u64> {
+    let (head, body) = Wire::open(base)?.call("GET", "/api/v1/collection", "", b"")?;
+    expect(&head, 200, "GET of the collection's state")?;
+    let state: Value = serde_json::from_slice(&body)?;
+    let due = state["due"].as_u64().context("`due` is missing")?;
+    let objects = state["outbox"]["objects"]
+        .as_u64()
+        .context("`outbox.objects` is missing")?;
+    Ok(due + objects)
+}
+
+/// Pulls a blob on 8 connections until `done`, for three seconds at least; each pull's milliseconds.
+fn pulls(
+    base: &Base,
+    digest: &str,
+    done: impl Fn() -> anyhow::Result<bool> + Sync,
+) -> anyhow::Result<Vec<f64>> {
+    let least = Duration::from_secs(3);
+    let most = Duration::from_secs(10);
+    let start = Instant::now();
+    let target = format!("/v2/bench/pulled/blobs/{digest}");
+    let all = all(8, |number| {
+        let mut wire = Wire::open(base)?;
+        let request = wire.request_head("GET", &target, "", None);
+        let mut times = Vec::new();
+        loop {
+            let elapsed = start.elapsed();
+            // One of them asks, now and then.
+            let ended = number == 0 && times.len() % 50 == 0 && done()?;
+            if elapsed > most || (elapsed > least && ended) {
+                return Ok(times);
+            }
+            let begin = Instant::now();
+            wire.send(&request)?;
+            let head = wire.head()?;
+            expect(&head, 200, "GET of a blob")?;
+            wire.discard(1 << 20)?;
+            times.push(begin.elapsed().as_secs_f64() * 1e3);
+        }
+    })?;
+    Ok(all.into_iter().flatten().collect())
+}
+
+/// Pushes blobs and deletes them again.
+fn garbage(base: &Base) -> anyhow::Result<()> {
+    let next = AtomicU64::new(0);
+    all(FILLERS, |_| {
+        let mut random = Random::new()?;
+        let mut wire = Wire::open(base)?;
+        let mut bytes = vec![0; GARBAGE_SIZE];
+        while next.fetch_add(1, Ordering::Relaxed) < GARBAGE {
+            random.fill(&mut bytes);
+            let digest = push_blob(&mut wire, "bench/garbage", &bytes)?;
+            let target = format!("/v2/bench/garbage/blobs/{digest}");
+            let (head, _) = wire.call("DELETE", &target, "", b"")?;
+            expect(&head, 202, "DELETE of a blob")?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Pushes manifests with these numbers, each under a tag of its own, spread over the repositories.
+fn fill(base: &Base, numbers: std::ops::Range<u64>) -> anyhow::Result<()> {
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    let mut wire = Wire::open(base)?;
+    for repository in 0..REPOSITORIES {
+        push_blob(&mut wire, &format!("bench/fill-{repository}"), EMPTY)?;
+    }
+    let next = AtomicU64::new(numbers.start);
+    all(FILLERS, |_| {
+        let mut wire = Wire::open(base)?;
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= numbers.end {
+                return Ok(());
+            }
+            let repository = format!("bench/fill-{}", number % REPOSITORIES);
+            put(
+                &mut wire,
+                &repository,
+                &tag(number),
+                &manifest(&number.to_string()),
+            )?;
+        }
+    })?;
+    Ok(())
+}
+
+/// Gives a repository so many tags of one manifest.
+fn set_tags(base: &Base, repository: &str, count: u64) -> anyhow::Result<()> {
+    push_blob(&mut Wire::open(base)?, repository, EMPTY)?;
+    let bytes = manifest(repository);
+    let next = AtomicU64::new(0);
+    all(8, |_| {
+        let mut wire = Wire::open(base)?;
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= count {
+                return Ok(());
+            }
+            put(&mut wire, repository, &tag(number), &bytes)?;
+        }
+    })?;
+    Ok(())
+}
+
+fn put(wire: &mut Wire, repository: &str, tag: &str, manifest: &[u8]) -> anyhow::Result<()> {
+    let kind = format!("Content-Type: {MANIFEST}\r\n");
+    let target = format!("/v2/{repository}/manifests/{tag}");
+    let (head, _) = wire.call("PUT", &target, &kind, manifest)?;
+    expect(&head, 201, "PUT of a manifest")
+}
+
+/// A small manifest that only this name has.
+fn manifest(name: &str) -> Vec<u8> {
+    json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "artifactType": "application/vnd.example.bench",
+        "config": { "mediaType": "application/vnd.oci.empty.v1+json", "digest": e2e::digest(EMPTY), "size": EMPTY.len() },
+        "layers": [{ "mediaType": "application/vnd.oci.empty.v1+json", "digest": e2e::digest(EMPTY), "size": EMPTY.len() }],
+        "annotations": { "bench": name },
+    })
+    .to_string()
+    .into_bytes()
+}
+
+/// Tags in the order of their numbers.
+fn tag(number: u64) -> String {
+    format!("v{number:08}")
+}
+
+fn process_id() -> u32 {
+    std::process::id()
+}
+
+fn percentiles(times: &[f64]) -> [(&'static str, f64); 2] {
+    [
+        ("p50 ms", percentile(times, 50)),
+        ("p99 ms", percentile(times, 99)),
+    ]
+}
+
+fn percentile(values: &[f64], percent: usize) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_unstable_by(f64::total_cmp);
+    let at = values.len() * percent / 100;
+    values.get(at).or(values.last()).copied().unwrap_or(0.0)
+}
+
+/// The empty JSON object, which every manifest here names.
+const EMPTY: &[u8] = b"{}";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_to_the_first_size_of_the_same_contestant() {
+        let mut table = Table::new(Task::TagPage, "t".to_owned());
+        table.row(OURS, 10, &[("p50 ms", 2.0)]);
+        table.row("peer", 10, &[("p50 ms", 1.0)]);
+        table.row(OURS, 20, &[("p50 ms", 3.0)]);
+        table.row("peer", 20, &[("p50 ms", 7.0)]);
+        let value = table.json();
+        assert_eq!(value["rows"][2]["of_first"]["p50 ms"], 1.5);
+        assert_eq!(value["rows"][3]["of_first"]["p50 ms"], 7.0);
+        let mut text = String::new();
+        table.write(&mut text);
+        assert!(text.contains("3.000 (1.50)"), "{text}");
+    }
+
+    #[test]
+    fn percentiles_of_few_and_many() {
+        let many: Vec<_> = (0..1000).map(f64::from).collect();
+        assert!((percentile(&many, 99) - 990.0).abs() < 1e-9);
+        assert!((percentile(&[5.0], 99) - 5.0).abs() < 1e-9);
+        assert!(percentile(&[], 50).abs() < 1e-9);
+    }
+
+    #[test]
+    fn tags_sort_as_their_numbers_do() {
+        assert!(tag(9) < tag(10) && tag(99_999) < tag(100_000));
+    }
+}
