@@ -1,6 +1,8 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod cluster;
+#[cfg(test)]
 mod collection;
 #[cfg(test)]
 mod contract;
