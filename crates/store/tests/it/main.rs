@@ -5,6 +5,8 @@ mod backup;
 #[cfg(test)]
 mod backup_kill;
 #[cfg(test)]
+mod cluster;
+#[cfg(test)]
 mod collection;
 #[cfg(test)]
 mod contract;
