@@ -64,7 +64,8 @@ const LEASE: &str = "LONGSHORE_TEST_LEASE";
 const BUG: &str = "LONGSHORE_TEST_BUG";
 
 /// What the servers are told besides: what was deleted goes at once, and what refers to nothing goes soon.
-const CONFIG: &str = "version: 1\nlog: {level: warn}\ngc: {keep_deleted: 1s, orphan_referrers: 1s}\n";
+const CONFIG: &str =
+    "version: 1\nlog: {level: warn}\ngc: {keep_deleted: 1s, orphan_referrers: 1s}\n";
 
 /// Bodies up to this length stay in the row of the blob; the soak pushes none that is near it.
 const IN_ROW: usize = 10_000;

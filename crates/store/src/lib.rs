@@ -68,11 +68,11 @@ pub use model::{
     Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
     TagWrite, TokenKey, UploadId, VerifyReport,
 };
+pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
+pub use pull::Pulls;
 pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
-pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
-pub use pull::Pulls;
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;

@@ -30,7 +30,9 @@ fn a_restart_of_the_database_is_told_and_survived() {
         in_trouble(&answer);
         let answer = site.servers[1].request("POST", "/v2/kept/restart/blobs/uploads/", &[], &[]);
         in_trouble(&answer);
-        wait_for("a refused push", || (pushers.troubles() > before).then_some(()));
+        wait_for("a refused push", || {
+            (pushers.troubles() > before).then_some(())
+        });
         site.cluster.postgres.restart();
         pushers.wait_for_more(20);
     }
@@ -56,7 +58,9 @@ fn a_fail_over_to_a_standby_loses_nothing() {
     pushers.wait_for_more(40);
     let before = pushers.troubles();
     site.cluster.postgres.kill();
-    wait_for("a refused push", || (pushers.troubles() > before).then_some(()));
+    wait_for("a refused push", || {
+        (pushers.troubles() > before).then_some(())
+    });
     standby.promote();
     pushers.wait_for_more(40);
     let pushed = pushers.finish();
@@ -88,7 +92,9 @@ fn a_database_that_is_out_of_reach_or_stands_still_is_told_and_survived() {
         pushers.wait_for_more(10);
         let before = pushers.troubles();
         wire.cut();
-        wait_for("a refused push", || (pushers.troubles() > before).then_some(()));
+        wait_for("a refused push", || {
+            (pushers.troubles() > before).then_some(())
+        });
         wire.mend();
         pushers.wait_for_more(10);
         // The net that comes back late: what waited goes on, or is refused.

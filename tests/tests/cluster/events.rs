@@ -20,7 +20,12 @@ const MOVERS: usize = 6;
 type Seen = Vec<(u64, String, String)>;
 
 /// Moves the tags of one client; what each move was, in order.
-fn move_tags(servers: &[Server], number: usize, count: usize, manifests: &[String]) -> Vec<(String, String)> {
+fn move_tags(
+    servers: &[Server],
+    number: usize,
+    count: usize,
+    manifests: &[String],
+) -> Vec<(String, String)> {
     let mut connections: Vec<_> = servers
         .iter()
         .map(|server| Connection::open(server.url()).unwrap())
@@ -55,7 +60,12 @@ fn read(servers: &[Server], reader: usize, start: &str, last: &Mutex<Option<u64>
         turn += 1;
         let mut connection = Connection::open(server.url()).unwrap();
         connection
-            .send_head("GET", "/api/v1/events", &[("Last-Event-ID", &position)], None)
+            .send_head(
+                "GET",
+                "/api/v1/events",
+                &[("Last-Event-ID", &position)],
+                None,
+            )
             .unwrap();
         let head = connection.receive_head("GET").unwrap();
         assert_eq!(head.status, 200);
@@ -75,12 +85,19 @@ fn read(servers: &[Server], reader: usize, start: &str, last: &Mutex<Option<u64>
                 id.clone_into(&mut position);
                 if kind == "dev.longshore.tag.updated" {
                     let event: serde_json::Value = serde_json::from_str(text).unwrap();
-                    let tag = event["subject"].as_str().unwrap().rsplit(':').next().unwrap();
+                    let tag = event["subject"]
+                        .as_str()
+                        .unwrap()
+                        .rsplit(':')
+                        .next()
+                        .unwrap();
                     let to = event["data"]["digest"].as_str().unwrap();
                     seen.push((number, tag.to_owned(), to.to_owned()));
                     left -= 1;
                 }
-                if *last.lock().unwrap() == Some(number) || last.lock().unwrap().is_some_and(|last| number > last) {
+                if *last.lock().unwrap() == Some(number)
+                    || last.lock().unwrap().is_some_and(|last| number > last)
+                {
                     return seen;
                 }
             }

@@ -226,7 +226,11 @@ fn push(
         let blob = digest(&bytes);
         let target = format!("/v2/{repository}/blobs/uploads/?digest={blob}");
         send("POST", &target, "application/octet-stream", &bytes)?;
-        descriptors.push(image::descriptor("application/vnd.example", &blob, bytes.len()));
+        descriptors.push(image::descriptor(
+            "application/vnd.example",
+            &blob,
+            bytes.len(),
+        ));
         pushed
             .lock()
             .unwrap()

@@ -79,13 +79,20 @@ fn an_object_store_that_is_down_is_told_and_nothing_is_lost() {
         let answer = server.get("/v2/kept/down/manifests/large");
         assert_eq!(answer.status(), 200, "{}", answer.text());
         holds(server, "kept/down", &kept.layers[0]);
-        image::push_artifact(server.url(), "down/app", "tiny", "application/vnd.example", b"tiny");
+        image::push_artifact(
+            server.url(),
+            "down/app",
+            "tiny",
+            "application/vnd.example",
+            b"tiny",
+        );
         faults.heal();
         // Another replica finishes what this one could not.
         let other = &site.servers[1];
         let at = wait_for("the upload after the outage", || {
             let status = other.get(&upload);
-            (status.status() == 204).then(|| usize::try_from(e2e::wire::offset_of(&status)).unwrap())
+            (status.status() == 204)
+                .then(|| usize::try_from(e2e::wire::offset_of(&status)).unwrap())
         });
         assert!((6 * MIB..=14 * MIB).contains(&at), "{at}");
         if at < whole.len() {
@@ -114,7 +121,9 @@ fn an_object_store_that_restarts_under_load_loses_nothing() {
         pushers.wait_for_more(15);
         let before = pushers.troubles();
         site.cluster.objects.kill();
-        wait_for("a refused push", || (pushers.troubles() > before).then_some(()));
+        wait_for("a refused push", || {
+            (pushers.troubles() > before).then_some(())
+        });
         site.cluster.objects.restart();
         pushers.wait_for_more(15);
     }

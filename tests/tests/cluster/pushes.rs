@@ -51,9 +51,19 @@ fn two_replicas_and_a_hundred_pushes_each_of_distinct_tags_to_one_repository_los
             scope.spawn(move || {
                 // Every other layer is an object; and each fourth one is everybody's.
                 let length = if number % 2 == 0 { 300 } else { 40_000 };
-                let seed = if number % 4 == 0 { 1 } else { number as u64 + 10 };
+                let seed = if number % 4 == 0 {
+                    1
+                } else {
+                    number as u64 + 10
+                };
                 let layer = noise(seed, length);
-                image::push_artifact(server.url(), "many/app", tag, "application/vnd.example", &layer);
+                image::push_artifact(
+                    server.url(),
+                    "many/app",
+                    tag,
+                    "application/vnd.example",
+                    &layer,
+                );
             });
         }
     });
@@ -62,7 +72,10 @@ fn two_replicas_and_a_hundred_pushes_each_of_distinct_tags_to_one_repository_los
         for tag in &wanted {
             let answer = server.get(&format!("/v2/many/app/manifests/{tag}"));
             assert_eq!(answer.status(), 200, "{tag}");
-            let layer = answer.json()["layers"][0]["digest"].as_str().unwrap().to_owned();
+            let layer = answer.json()["layers"][0]["digest"]
+                .as_str()
+                .unwrap()
+                .to_owned();
             e2e::wire::holds(server, "many/app", &layer);
         }
     }
@@ -97,7 +110,10 @@ fn of_sixty_four_conditional_pushes_over_three_replicas_one_wins() {
                     .map(|thread| thread.join().unwrap())
                     .collect()
             });
-            let won: Vec<_> = statuses.iter().filter(|(status, _)| *status == 201).collect();
+            let won: Vec<_> = statuses
+                .iter()
+                .filter(|(status, _)| *status == 201)
+                .collect();
             let lost = statuses.iter().filter(|(status, _)| *status == 412).count();
             assert_eq!((won.len(), lost), (1, 63), "{tag}: {statuses:?}");
             let winner = digest(won[0].1.as_bytes());
@@ -140,7 +156,10 @@ fn the_same_blobs_pushed_at_once_through_three_replicas_are_stored_once() {
             let objects = site.cluster.objects_of(&site.storage);
             (objects.len() == layers.len()).then_some(())
         });
-        assert_eq!(site.cluster.objects.open_uploads(e2e::cluster::BUCKET), [""; 0]);
+        assert_eq!(
+            site.cluster.objects.open_uploads(e2e::cluster::BUCKET),
+            [""; 0]
+        );
         healthy(&mut site.servers);
     }
 }

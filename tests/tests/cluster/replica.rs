@@ -88,7 +88,10 @@ fn a_replica_killed_in_the_middle_of_a_chunk_hands_its_upload_on() {
     let mut site = Site::start(Kind::Minio, 2);
     let whole = noise(41, 30 * MIB);
     let upload = open_upload(&site.servers[0], "kill/app");
-    assert_eq!(patch(&site.servers[0], &upload, 0, &whole[..7 * MIB]).status(), 202);
+    assert_eq!(
+        patch(&site.servers[0], &upload, 0, &whole[..7 * MIB]).status(),
+        202
+    );
     let sending = begin(&site.servers[0], &upload, 7 * MIB, &whole, 19 * MIB);
     site.servers[0].kill();
     drop(sending);
@@ -106,7 +109,10 @@ fn a_replica_that_stood_still_never_writes_to_an_upload_it_lost() {
     let mut other = whole.clone();
     other[7 * MIB..].reverse();
     let upload = open_upload(&site.servers[0], "still/app");
-    assert_eq!(patch(&site.servers[0], &upload, 0, &whole[..7 * MIB]).status(), 202);
+    assert_eq!(
+        patch(&site.servers[0], &upload, 0, &whole[..7 * MIB]).status(),
+        202
+    );
     let mut sending = begin(&site.servers[0], &upload, 7 * MIB, &other, 9 * MIB);
     signal(site.servers[0].pid(), Signal::STOP);
     let rest = other[9 * MIB..].to_vec();
