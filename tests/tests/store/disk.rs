@@ -79,7 +79,11 @@ fn keepsake(server: &Server) -> impl Fn(&Server) + use<> {
 #[track_caller]
 fn no_room(answer: &Response) {
     let status = answer.status();
-    assert!(status == 507 || status == 503, "{status}: {}", answer.text());
+    assert!(
+        status == 507 || status == 503,
+        "{status}: {}",
+        answer.text()
+    );
     refused(answer, status, "UNKNOWN", "free some space");
     assert!(answer.header("retry-after").is_some());
 }
@@ -215,12 +219,22 @@ fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
     let answer = server.request("POST", "/v2/full/app/blobs/uploads/", &[], &[]);
     refused(&answer, 503, "UNKNOWN", "free some space");
     assert_eq!(answer.header("retry-after"), Some("30"));
-    assert!(server.get("/metrics").text().contains("longshore_read_only{cause=\"disk\"} 1"));
+    assert!(
+        server
+            .get("/metrics")
+            .text()
+            .contains("longshore_read_only{cause=\"disk\"} 1")
+    );
     kept(&server);
     holds(&server, "full/large", &wanted);
     // The reserve is there for the collector, so a deletion goes through, and so does the collection after it.
     let gone = wait_for("the deletion", || {
-        let answer = server.request("DELETE", &format!("/v2/full/large/blobs/{wanted}"), &[], &[]);
+        let answer = server.request(
+            "DELETE",
+            &format!("/v2/full/large/blobs/{wanted}"),
+            &[],
+            &[],
+        );
         (answer.status() == 202).then_some(())
     });
     let () = gone;
@@ -245,7 +259,11 @@ fn a_server_on_a_full_disk_ends_cleanly_and_starts_again() {
     let kept = keepsake(&server);
     disk.fill(0);
     wait_for("the read-only mode", || {
-        server.get("/readyz").text().contains("read-only").then_some(())
+        server
+            .get("/readyz")
+            .text()
+            .contains("read-only")
+            .then_some(())
     });
     // Whatever the reserve gave is taken, too.
     let ballast = disk.0.join("more");

@@ -170,6 +170,7 @@ pub(crate) async fn what_no_rule_keeps_is_removed_and_can_be_put_back(engine: &E
         assert!(history[0].digest.is_none());
     }
     assert_eq!(store.tags(&repository, None, 100).await.unwrap().len(), 7);
+    store.seal().await.unwrap();
     let events = store.events_after(before, 100).await.unwrap();
     assert_eq!(
         events
