@@ -5,6 +5,7 @@
 
 mod backup;
 mod gc;
+mod redirect;
 mod retention;
 
 use std::net::SocketAddr;
@@ -37,6 +38,10 @@ pub(crate) struct Config {
     pub(crate) drain: Option<Duration>,
     /// Where metadata and blobs are.
     pub(crate) location: Location,
+    /// How many of the largest repositories `/metrics` names.
+    pub(crate) metric_repositories: Option<usize>,
+    /// Which pulls are sent to the object store.
+    pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
     pub(crate) store: store::Options,
     /// The continuous backup.
@@ -140,6 +145,7 @@ struct Raw {
     storage: Storage,
     auth: Auth,
     access: Option<Vec<Rule>>,
+    attempts: Attempts,
     events: Events,
     gc: gc::Gc,
     retention: retention::Retention,
@@ -156,6 +162,7 @@ struct Server {
     tls: Option<Tls>,
     limits: Limits,
     drain: Option<String>,
+    metric_repositories: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -196,10 +203,13 @@ struct Storage {
     database_connections: Option<usize>,
     objects: Option<String>,
     s3: S3,
+    redirect: redirect::Redirect,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
+    quota: Option<Size>,
+    pull_statistics: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -225,6 +235,12 @@ impl std::fmt::Debug for Hidden {
 #[serde(deny_unknown_fields, default)]
 struct Auth {
     htpasswd: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Attempts {
+    retention: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -343,12 +359,31 @@ impl Raw {
             }
             options.database_connections = connections;
         }
+        options.quota = self
+            .storage
+            .quota
+            .as_ref()
+            .map(|size| bytes("storage.quota", size))
+            .transpose()?;
+        match self.storage.pull_statistics.as_deref() {
+            None => {}
+            Some("off") => options.pull_retention = Duration::ZERO,
+            Some(text) => options.pull_retention = period("storage.pull_statistics", text)?,
+        }
+        match self.attempts.retention.as_deref() {
+            None => {}
+            Some("forever") => options.attempt_retention = None,
+            Some(text) => options.attempt_retention = Some(period("attempts.retention", text)?),
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
-        self.gc.apply(&mut options, false)?;
+        let location = self.storage.location(data)?;
+        let s3 = matches!(location.objects, ObjectLocation::S3(_));
+        self.gc.apply(&mut options, s3)?;
+        let redirect = self.storage.redirect.check(&mut options, s3)?;
         self.retention.apply(&mut options)?;
         self.scrub.apply(&mut options)?;
         let log = self.log.unwrap_or_default();
@@ -410,7 +445,9 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            location: self.storage.location(data)?,
+            metric_repositories: self.server.metric_repositories,
+            location,
+            redirect,
             store: options,
             backup: self.backup.check()?,
             htpasswd,
@@ -648,7 +685,7 @@ fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
 }
 
 /// `4MiB`, `10 MB`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -659,9 +696,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
         "KB" | "kB" => 1000,
         "MB" => 1_000_000,
         "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
         _ => return None,
     };
     count.checked_mul(unit)
@@ -677,11 +716,12 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 10] = [
+const SECTIONS: [&str; 11] = [
     "server",
     "storage",
     "auth",
     "access",
+    "attempts",
     "events",
     "gc",
     "retention",

@@ -30,6 +30,8 @@ pub struct Settings {
     pub access_log: bool,
     /// Pulls that are sent to the object store, where blobs are in one.
     pub redirect: Option<Redirect>,
+    /// How many of the largest repositories `/metrics` names, at most 1000. Each is a time series of its own.
+    pub metric_repositories: usize,
 }
 
 impl Default for Settings {
@@ -43,6 +45,7 @@ impl Default for Settings {
             drain: Duration::from_secs(30),
             access_log: true,
             redirect: None,
+            metric_repositories: 0,
         }
     }
 }

@@ -41,13 +41,37 @@ impl Directory {
         } else if !database(root).is_file() {
             return Err(Error::damaged(
                 &database(root),
-                "it is missing, restore the directory from a backup",
+                "it is missing, restore the directory from a backup, or make it anew with `longshore reindex`",
             ));
         }
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh,
+        })
+    }
+
+    /// Takes the lock of a directory that has objects and has lost its database.
+    pub(crate) fn open_without_database(root: &Path) -> Result<Self, Error> {
+        if !objects(root).is_dir() {
+            return Err(Error::damaged(
+                root,
+                "it holds no objects, so it is not a data directory",
+            ));
+        }
+        read_format(root)?;
+        let lock = take_lock(root)?;
+        let database = database(root);
+        if database.exists() {
+            return Err(Error::damaged(
+                &database,
+                "the database is there; when it cannot be used, move it away with its `-wal` and `-shm` files first",
+            ));
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh: false,
         })
     }
 
@@ -74,6 +98,11 @@ impl Directory {
     /// Whether this is the directory at `path`.
     pub(crate) fn is(&self, path: &Path) -> bool {
         self.root == path
+    }
+
+    /// Where it is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
@@ -103,6 +132,25 @@ impl Directory {
         };
         write().map_err(|error| Error::io("write", &path, error))?;
         sync_directory(&self.root)
+    }
+}
+
+/// Puts the database of an embedded store aside, durably: it was carried elsewhere, and the objects stay here for the
+/// store that it became. Doing it again changes nothing.
+pub(crate) fn retire(root: &Path) -> Result<(), Error> {
+    let format = root.join(FORMAT_FILE);
+    match std::fs::remove_file(&format) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("remove", &format, error));
+        }
+        _ => sync_directory(root)?,
+    }
+    let path = database(root);
+    match std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}"))) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("rename", &path, error));
+        }
+        _ => sync_directory(root),
     }
 }
 
@@ -176,10 +224,10 @@ fn check_ours(root: &Path) -> Result<(), Error> {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
-        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, "lost+found"].contains(&name.as_ref())
+        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
-                .is_some_and(|rest| ["", "-wal", "-shm", "-journal"].contains(&rest));
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
         if !known {
             return Err(Error::NotADataDirectory {
                 dir: root.to_owned(),
@@ -216,6 +264,10 @@ fn lock(root: &Path, take: fn(&File) -> Result<(), TryLockError>) -> Result<File
 
 const FORMAT_FILE: &str = "format";
 const FORMAT_PARTIAL: &str = "format.partial";
+/// What is removed first when the disk is full.
+pub(crate) const RESERVE: &str = "reserve";
+/// After the name of a database that was carried elsewhere.
+const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";
 const DATABASE: &str = "meta.db";
 const OBJECTS: &str = "o";

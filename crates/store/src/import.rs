@@ -374,6 +374,8 @@ struct State {
     report: Report,
     /// Blobs that were counted, at the source and at the destination.
     counted: HashSet<Digest>,
+    /// Blobs that are on their way.
+    flights: HashMap<Digest, Arc<tokio::sync::Mutex<()>>>,
     arrived: HashSet<Digest>,
 }
 
@@ -508,6 +510,22 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
     }
 
     async fn blob(
+        &self,
+        from: &RepositoryName,
+        into: &RepositoryName,
+        blob: &Descriptor,
+    ) -> Result<(), Failure> {
+        // Repositories that come at one time share blobs: the second one finds what the first one brought.
+        let flight = change(self.state, |state| {
+            Arc::clone(state.flights.entry(blob.digest.clone()).or_default())
+        });
+        let _flight = flight.lock().await;
+        let outcome = self.blob_alone(from, into, blob).await;
+        change(self.state, |state| state.flights.remove(&blob.digest));
+        outcome
+    }
+
+    async fn blob_alone(
         &self,
         from: &RepositoryName,
         into: &RepositoryName,

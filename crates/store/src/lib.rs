@@ -25,6 +25,7 @@ mod collect;
 mod directory;
 mod error;
 mod event;
+mod export;
 mod failpoint;
 pub mod import;
 mod lease;
@@ -36,6 +37,7 @@ mod model;
 mod pin;
 mod pull;
 mod referrer;
+mod reindex;
 mod repository;
 mod retention;
 mod scrub;
@@ -55,8 +57,8 @@ pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backu
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLag, QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -70,6 +72,7 @@ pub use model::{
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;
+pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
 pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };

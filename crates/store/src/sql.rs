@@ -109,19 +109,20 @@ impl Db {
         }
     }
 
+    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
+    /// need no open store ([`sqlite_snapshot`]).
+    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
+        }
+    }
+
     /// Tells whether the database takes no writes because it follows another one.
     pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
         match self {
             Self::Sqlite(_) => Ok(false),
             Self::Postgres(postgres) => postgres.in_recovery().await,
-        }
-    }
-
-    /// Whether the database is known to take no writes, for a reason of its own.
-    pub(crate) fn is_read_only(&self) -> bool {
-        match self {
-            Self::Sqlite(_) => false,
-            Self::Postgres(postgres) => postgres.is_read_only(),
         }
     }
 
@@ -142,15 +143,6 @@ impl Db {
     pub(crate) fn stop(&self, reason: &str) {
         if let Self::Postgres(postgres) = self {
             postgres.stop(reason);
-        }
-    }
-
-    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
-    /// need no open store ([`sqlite_snapshot`]).
-    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
-        match self {
-            Self::Sqlite(_) => Ok(None),
-            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
         }
     }
 

@@ -17,6 +17,7 @@ use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
@@ -27,7 +28,8 @@ use crate::sql::{Context, Db, Row};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -59,6 +61,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -126,16 +130,19 @@ impl Store {
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        let (objects, memory) = match objects {
+        let (objects, exports, memory) = match objects {
             ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
                 let files = FileSystem::open(directory::objects(&root));
                 if !locks.iter().any(|held| held.is(&root)) {
                     locks.push(blocking(move || Directory::open_objects(&root)).await?);
                 }
-                (Objects::Directory(Arc::new(files)), MEMORY)
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
             }
             ObjectLocation::S3(location) => {
-                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
             }
         };
         crate::transfer::check_open(&db).await?;
@@ -170,6 +177,7 @@ impl Store {
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
+            exports,
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -212,16 +220,10 @@ impl Store {
     /// A cheap statement that tells whether the store answers (for `/readyz`).
     ///
     /// # Errors
-    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::ReadOnly`] when the database
-    /// answers and takes no writes; [`Error::Unavailable`]; [`Error::Database`].
+    /// [`Error::Stopped`] after a failure that the store must not go on from; [`Error::Unavailable`];
+    /// [`Error::Database`].
     pub async fn ping(&self) -> Result<(), Error> {
-        meta::ping(&self.0.db).await?;
-        if self.0.db.is_read_only() {
-            return Err(Error::ReadOnly {
-                reason: "the database takes no writes".to_owned(),
-            });
-        }
-        Ok(())
+        meta::ping(&self.0.db).await
     }
 
     /// Waits until the store has stopped after a failure of its own (a failed sync of the database). The process
@@ -235,7 +237,7 @@ impl Store {
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
         tokio::select! {
-            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
             () = self.scrub() => {}
             () = self.retain() => {}
         }
@@ -392,6 +394,19 @@ impl Store {
         let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
         let claim = row_claim.map(|claim| claim.token().to_owned());
         self.0.db.write(upload::Expire { id: open.id, claim }).await
+    }
+
+    /// Holds memory of uploads until the guard is dropped, so that a test sees what becomes of them without it.
+    #[doc(hidden)]
+    pub async fn hold_memory(&self, bytes: u32) -> impl Drop + use<> {
+        struct Held(Option<tokio::sync::OwnedSemaphorePermit>);
+        impl Drop for Held {
+            fn drop(&mut self) {
+                drop(self.0.take());
+            }
+        }
+        let memory = Arc::clone(&self.0.memory);
+        Held(memory.acquire_many_owned(bytes).await.ok())
     }
 
     /// Takes claims in the rows of uploads as replicas do, for the contract tests.
@@ -812,16 +827,12 @@ async fn claim_row(
             span: inner.options.claim_idle,
         })
         .await?;
-    match claimed {
-        Some(open) => {
-            let claim = RowClaim::new(inner, slot, open.id, token, asked);
-            Ok((open, Some(claim)))
-        }
-        None => {
-            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-            Err(Error::UploadBusy { offset })
-        }
-    }
+    let Some(open) = claimed else {
+        let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+        return Err(Error::UploadBusy { offset });
+    };
+    let claim = RowClaim::new(inner, slot, open.id, token, asked);
+    Ok((open, Some(claim)))
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {

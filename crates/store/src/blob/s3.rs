@@ -7,8 +7,10 @@
 
 pub(crate) mod credentials;
 mod failure;
+mod file;
 mod read;
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -172,7 +174,6 @@ impl S3 {
         let path = self.path(&key);
         let asked = attempts(|| limited(CONTROL, self.0.store.get_range(&path, 0..1))).await;
         match asked {
-            Ok(_) => Ok(()),
             Err(failure) if failure.code("NoSuchBucket") => Err(unusable(format!(
                 "there is no such bucket: `{}`",
                 self.0.name
@@ -187,7 +188,7 @@ impl S3 {
                     self.0.name
                 )))
             }
-            Err(Failure::Missing(_)) => Ok(()),
+            Ok(_) | Err(Failure::Missing(_)) => Ok(()),
             // Without the right to list, what is not there is forbidden.
             Err(Failure::Refused(problem)) => {
                 tracing::warn!(
@@ -520,7 +521,8 @@ fn encode(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             encoded.push(char::from(byte));
         } else {
-            encoded.push_str(&format!("%{byte:02X}"));
+            // Writing to a string does not fail.
+            let _ = write!(encoded, "%{byte:02X}");
         }
     }
     encoded

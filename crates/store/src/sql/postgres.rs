@@ -23,7 +23,6 @@ use super::migration::Migration;
 use super::{Body, Connection, Context, Row, Statement, Tx, Value};
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::mode;
 use fault::{Failure, Fault, unavailable};
 use pool::{Pool, Raw};
 use session::{CONTROL_LIMIT, End, fence, limited};
@@ -113,9 +112,30 @@ impl Postgres {
         }
     }
 
-    /// Whether the database is known to take no writes.
-    pub(super) fn is_read_only(&self) -> bool {
-        self.pool.is_read_only()
+    /// A read-only transaction on a session of its own, which goes with it.
+    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
+        let session = self.pool.take().await?;
+        limited(
+            CONTROL_LIMIT,
+            session.client.batch_execute(
+                "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
+                 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
+            ),
+        )
+        .await
+        .map_err(|failure| failure.error(None))?;
+        Ok(Tx::new(
+            Connection::Postgres(Box::new(session)),
+            self.context.clone(),
+        ))
+    }
+
+    /// Tells whether the server takes no writes.
+    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
+        let session = self.pool.take().await?;
+        let writable = session.writable;
+        self.pool.give_back(session);
+        Ok(!writable)
     }
 
     /// A session that hears what is said on a channel. The name is ours and needs no quoting.
@@ -158,35 +178,6 @@ impl Postgres {
         Ok(count.unsigned_abs())
     }
 
-    /// Tells whether the server follows another one and takes no writes.
-    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
-        if self.pool.is_read_only() {
-            return Ok(true);
-        }
-        let session = self.pool.take().await?;
-        let recovery = session.in_recovery().await;
-        if recovery.is_ok() {
-            self.pool.give_back(session);
-        }
-        recovery
-    }
-
-    /// A read-only transaction on a session of its own, which goes with it.
-    pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
-        let session = self.pool.take().await?;
-        let begun = session.client.batch_execute(
-            "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0; \
-             BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SELECT 1 FROM meta LIMIT 1",
-        );
-        limited(CONTROL_LIMIT, begun)
-            .await
-            .map_err(|failure| failure.error(None))?;
-        Ok(Tx::new(
-            Connection::Postgres(Box::new(session)),
-            self.context.clone(),
-        ))
-    }
-
     pub(super) fn close(&self) {
         self.pool.close();
     }
@@ -226,6 +217,7 @@ async fn transact<B: Body>(
     let mut attempt = 0;
     loop {
         attempt += 1;
+        context.gate.check(B::KIND)?;
         let (failure, fault) = match pool.take().await {
             Ok(session) => match once(pool, context, body, session).await {
                 Ok(output) => return Ok(output),
@@ -256,27 +248,7 @@ async fn once<B: Body>(
     body: &B,
     mut session: Session,
 ) -> Result<B::Output, (Error, Fault)> {
-    context
-        .gate
-        .check(B::KIND)
-        .map_err(|refusal| (refusal, Fault::Other))?;
-    match session.begin(B::KIND).await {
-        Ok(commanded) => {
-            if let Err(refusal) = mode::check_command(B::KIND, commanded.as_deref()) {
-                if session.roll_back().await {
-                    pool.give_back(session);
-                }
-                return Err((refusal, Fault::Other));
-            }
-        }
-        Err(failure) => {
-            let fault = failure.fault();
-            if fault == Fault::Lost {
-                pool.forget_idle();
-            }
-            return Err((failure.error(None), fault));
-        }
-    }
+    session.begin(B::KIND);
     let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
     let outcome = body.run(&mut tx).await;
     let (event, unsealed, now) = (tx.event, tx.unsealed, tx.now);
@@ -291,7 +263,10 @@ async fn once<B: Body>(
             // A session that cannot be rolled back is dropped with its connection, never used again.
             match fault {
                 Fault::Lost => pool.forget_idle(),
-                Fault::ReadOnly if session.writable => pool.note_read_only(),
+                Fault::ReadOnly if session.writable => {
+                    pool.note_read_only();
+                    context.gate.note_recovery(true);
+                }
                 _ if session.roll_back().await => pool.give_back(session),
                 _ => {}
             }

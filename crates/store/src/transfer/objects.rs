@@ -20,7 +20,7 @@ use crate::blob::s3::{Completed, Failure, S3, pause, transfer};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::BlobContent;
-use crate::sql::{Body, Db, Row, Statement, Tx, Value};
+use crate::sql::{Body, Db, Row, Statement, Tx, Value, WriteKind};
 
 /// What the pass over the blobs needs to know.
 pub(crate) struct Moving<'a> {
@@ -88,7 +88,7 @@ impl Moving<'_> {
             };
             let ended = rows.is_empty();
             let wanted = self.rows(&at, &insert, rows, (last, end)).await?;
-            failpoint("migrate.after_blob_rows");
+            failpoint("carry.after_blob_rows");
             self.objects(wanted, report).await?;
             if ended {
                 return Ok(());
@@ -160,7 +160,7 @@ impl Moving<'_> {
                     report.objects_moved += 1;
                     report.bytes_moved += object.size;
                     self.db.write(Sound(object.id)).await?;
-                    failpoint("migrate.after_object");
+                    failpoint("carry.after_object");
                 }
                 Err(Broken::Source(problem)) => report.damaged.push(format!(
                     "blob `{}` is damaged at the source and stays so: {problem}",
@@ -500,6 +500,7 @@ struct Replace {
 
 impl Body for Replace {
     type Output = std::collections::BTreeSet<i64>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Self::Output, Error> {
         let there = Statement::made(
@@ -566,6 +567,7 @@ struct Sound(i64);
 
 impl Body for Sound {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let statement = Statement::made("UPDATE blob SET state = 'ok' WHERE id = $1".to_owned());

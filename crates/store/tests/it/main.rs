@@ -10,18 +10,30 @@ mod contract;
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
+#[cfg(feature = "failpoints")]
+#[cfg(test)]
+mod kill_transfer;
 #[cfg(test)]
 mod modes;
+#[cfg(test)]
 mod object_store;
 #[cfg(test)]
+mod object_store_faults;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod reindex;
+#[cfg(test)]
 mod reports;
 #[cfg(test)]
 mod retention;
 #[cfg(test)]
 mod scrub;
+#[cfg(test)]
+mod stand_in;
+#[cfg(test)]
+mod transfer;
 #[cfg(test)]
 mod uploads;

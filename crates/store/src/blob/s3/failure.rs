@@ -157,6 +157,6 @@ const PAUSES: [Duration; 4] = [
     Duration::from_millis(50),
     Duration::from_millis(200),
     Duration::from_millis(800),
-    Duration::from_millis(2000),
+    Duration::from_secs(2),
 ];
 const SHOWN: usize = 300;

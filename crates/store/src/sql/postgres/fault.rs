@@ -6,6 +6,7 @@ use tokio_postgres::error::SqlState;
 
 use super::settings::chain;
 use crate::error::Error;
+use crate::mode;
 
 /// A statement that did not succeed.
 #[derive(Debug)]
@@ -14,6 +15,8 @@ pub(super) enum Failure {
     Driver(tokio_postgres::Error),
     /// There was no answer in time. The session must not be used again.
     NoAnswer(Duration),
+    /// The mode of the store forbids the transaction.
+    Refused(Error),
 }
 
 /// What to do about it.
@@ -39,8 +42,10 @@ impl From<tokio_postgres::Error> for Failure {
 
 impl Failure {
     pub(super) fn fault(&self) -> Fault {
-        let Self::Driver(error) = self else {
-            return Fault::Lost;
+        let error = match self {
+            Self::Driver(error) => error,
+            Self::NoAnswer(_) => return Fault::Lost,
+            Self::Refused(_) => return Fault::Other,
         };
         let Some(database) = error.as_db_error() else {
             // Without a word of the server the connection broke, unless it was the driver that refused.
@@ -64,15 +69,17 @@ impl Failure {
     }
 
     /// As an error of the store; `statement` is the name of what ran.
-    pub(super) fn error(&self, statement: Option<&str>) -> Error {
+    pub(super) fn error(self, statement: Option<&str>) -> Error {
+        let fault = self.fault();
         let error = match self {
             Self::Driver(error) => error,
             Self::NoAnswer(limit) => {
                 return unavailable(format!("it gave no answer within {limit:?}"));
             }
+            Self::Refused(refusal) => return refusal,
         };
-        let text = chain(error);
-        match (self.fault(), error.code()) {
+        let text = chain(&error);
+        match (fault, error.code()) {
             (_, Some(&SqlState::DISK_FULL)) => Error::Full,
             (Fault::ReadOnly, _) => read_only(),
             (Fault::Lost, _) => unavailable(text),
@@ -97,8 +104,7 @@ pub(super) fn unavailable(problem: impl Into<String>) -> Error {
 
 pub(super) fn read_only() -> Error {
     Error::ReadOnly {
-        reason: "the database takes no writes (a standby, or it was set read-only), which ends when it does again"
-            .to_owned(),
+        reason: mode::RECOVERY.to_owned(),
     }
 }
 

@@ -144,15 +144,6 @@ impl Pool {
             .is_none_or(|outage| outage.since.elapsed() < PATIENCE)
     }
 
-    /// Whether the database is known to take no writes.
-    pub(super) fn is_read_only(&self) -> bool {
-        let health = lock(&self.health);
-        health
-            .outage
-            .as_ref()
-            .is_some_and(|outage| outage.read_only)
-    }
-
     /// Notes that a server said that it takes no writes, which a session made before does not know.
     pub(super) fn note_read_only(&self) {
         self.forget_idle();
@@ -253,7 +244,7 @@ impl Pool {
         };
         let (client, warned, notifications, rows) = match limited(limit, connect).await {
             Ok(connected) => connected,
-            Err(failure) => return Err(refusal(&failure)),
+            Err(failure) => return Err(refusal(failure)),
         };
         let facts = Facts::of(&rows)?;
         facts.check()?;
@@ -370,11 +361,12 @@ impl Facts {
 }
 
 /// A failure to connect. A refusal that waiting does not mend is named as one.
-fn refusal(failure: &Failure) -> Error {
-    let Failure::Driver(error) = failure else {
-        return failure.error(None);
+fn refusal(failure: Failure) -> Error {
+    let error = match failure {
+        Failure::Driver(error) => error,
+        other => return other.error(None),
     };
-    let text = chain(error);
+    let text = chain(&error);
     match error.code() {
         Some(code)
             if code.code().starts_with("28")

@@ -45,8 +45,8 @@ pub(crate) struct Session {
 /// The state of the one transaction.
 #[derive(Default)]
 struct Transaction {
-    /// BEGIN goes out with the first statement.
-    to_begin: bool,
+    /// BEGIN goes out with the first statement of a transaction of this kind.
+    to_begin: Option<WriteKind>,
     wrote: bool,
     /// The first failure of a statement in it.
     fault: Option<Fault>,
@@ -80,53 +80,12 @@ impl Session {
         }
     }
 
-    /// Begins a transaction. Of one of the store's own the server learns with the first statement. One of a user holds
-    /// off the command that makes the store read-only, and reads what was commanded before: one round trip for all.
-    pub(super) async fn begin(&mut self, kind: WriteKind) -> Result<Option<String>, Failure> {
+    /// Begins a transaction; the server learns of it with the first statement.
+    pub(super) fn begin(&mut self, kind: WriteKind) {
         self.transaction = Transaction {
-            to_begin: kind == WriteKind::Maintenance,
+            to_begin: Some(kind),
             ..Transaction::default()
         };
-        if self.transaction.to_begin {
-            return Ok(None);
-        }
-        // Each statement of a batch sees what was committed before it began, so the look comes after the lock.
-        let text = format!(
-            "{BEGIN}; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
-            mode::CHECK.postgres()
-        );
-        let answers = limited(STATEMENT_LIMIT, self.client.simple_query(&text)).await?;
-        // The lock gives a row of its own, which has no such column.
-        Ok(answers.iter().find_map(|answer| match answer {
-            SimpleQueryMessage::Row(row) => row.try_get("value").ok().flatten().map(str::to_owned),
-            _ => None,
-        }))
-    }
-
-    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends.
-    pub(in crate::sql) async fn exclude_users(&mut self) -> Result<(), Error> {
-        let begin = if std::mem::take(&mut self.transaction.to_begin) {
-            BEGIN
-        } else {
-            ""
-        };
-        let text = format!("{begin}; SELECT pg_advisory_xact_lock({USERS})");
-        let locked = limited(STATEMENT_LIMIT, self.client.batch_execute(&text)).await;
-        locked.map_err(|failure| {
-            self.transaction.fault.get_or_insert(failure.fault());
-            failure.error(None)
-        })
-    }
-
-    /// Whether the server follows another one.
-    pub(super) async fn in_recovery(&self) -> Result<bool, Error> {
-        let asked = self.client.simple_query("SELECT pg_is_in_recovery()");
-        let answers = limited(CONTROL_LIMIT, asked)
-            .await
-            .map_err(|failure| failure.error(None))?;
-        Ok(answers.iter().any(
-            |answer| matches!(answer, SimpleQueryMessage::Row(row) if row.get(0) == Some("t")),
-        ))
     }
 
     /// Forgets how the last use went.
@@ -142,7 +101,7 @@ impl Session {
 
     /// Commits, with the mark when something was written.
     pub(super) async fn commit(&mut self, now: Timestamp) -> End {
-        if std::mem::take(&mut self.transaction.to_begin) {
+        if self.transaction.to_begin.take().is_some() {
             return End::Committed;
         }
         if !self.transaction.wrote {
@@ -183,7 +142,7 @@ impl Session {
 
     /// Rolls back; `false` when the session must not be used again.
     pub(super) async fn roll_back(&mut self) -> bool {
-        if std::mem::take(&mut self.transaction.to_begin) {
+        if self.transaction.to_begin.take().is_some() {
             return true;
         }
         self.transaction.fault != Some(Fault::Lost)
@@ -207,7 +166,7 @@ impl Session {
     ) -> Result<Vec<Row>, Error> {
         let rows = match self.try_query(statement, values).await {
             Ok(rows) => rows,
-            Err(failure) => return Err(self.failed(statement, &failure)),
+            Err(failure) => return Err(self.failed(statement, failure)),
         };
         statement.mark_postgres();
         rows.iter().map(|row| convert(statement, row)).collect()
@@ -223,7 +182,7 @@ impl Session {
                 statement.mark_postgres();
                 Ok(changed)
             }
-            Err(failure) => Err(self.failed(statement, &failure)),
+            Err(failure) => Err(self.failed(statement, failure)),
         }
     }
 
@@ -234,17 +193,18 @@ impl Session {
     ) -> Result<Vec<tokio_postgres::Row>, Failure> {
         let prepared = self.ready(statement).await?;
         let parameters = parameters(values);
-        if std::mem::take(&mut self.transaction.to_begin) {
+        if let Some(kind) = self.transaction.to_begin.take() {
             // Only a statement that writes nothing goes out before BEGIN was answered.
-            return limited(STATEMENT_LIMIT, async {
-                let (begun, rows) = tokio::join!(
-                    self.client.batch_execute(BEGIN),
+            let text = begin(kind);
+            let (begun, rows) = limited(STATEMENT_LIMIT, async {
+                Ok(tokio::join!(
+                    self.client.simple_query(&text),
                     self.client.query(&prepared, &parameters)
-                );
-                begun?;
-                rows
+                ))
             })
-            .await;
+            .await?;
+            check(kind, &begun?)?;
+            return Ok(rows?);
         }
         limited(STATEMENT_LIMIT, self.client.query(&prepared, &parameters)).await
     }
@@ -267,31 +227,28 @@ impl Session {
         let text = statement.postgres();
         let writes = !text.starts_with("SELECT");
         self.transaction.wrote |= writes;
-        if self.transaction.to_begin && (writes || !self.prepared.contains_key(statement.name)) {
-            self.transaction.to_begin = false;
-            let known = self.prepared.get(statement.name).cloned();
-            let (begun, prepared) = match known {
-                Some(prepared) => (
-                    limited(STATEMENT_LIMIT, self.client.batch_execute(BEGIN)).await,
-                    Ok(prepared),
-                ),
-                None => {
-                    let both = async {
-                        Ok(tokio::join!(
-                            self.client.batch_execute(BEGIN),
-                            self.client.prepare(text)
-                        ))
-                    };
-                    let (begun, prepared) = limited(STATEMENT_LIMIT, both).await?;
-                    (begun.map_err(Failure::from), prepared)
+        let known = self.prepared.get(statement.name).cloned();
+        if let (Some(prepared), false) = (&known, writes) {
+            return Ok(prepared.clone());
+        }
+        let Some(kind) = self.transaction.to_begin.take() else {
+            return self.prepare(statement.name, text).await;
+        };
+        let begin = begin(kind);
+        let (begun, prepared) = limited(STATEMENT_LIMIT, async {
+            let prepare = async {
+                match known {
+                    Some(prepared) => Ok(prepared),
+                    None => self.client.prepare(text).await,
                 }
             };
-            begun?;
-            let prepared = prepared?;
-            self.prepared.insert(statement.name, prepared.clone());
-            return Ok(prepared);
-        }
-        self.prepare(statement.name, text).await
+            Ok(tokio::join!(self.client.simple_query(&begin), prepare))
+        })
+        .await?;
+        check(kind, &begun?)?;
+        let prepared = prepared?;
+        self.prepared.insert(statement.name, prepared.clone());
+        Ok(prepared)
     }
 
     async fn prepare(
@@ -307,13 +264,49 @@ impl Session {
         Ok(prepared)
     }
 
-    fn failed(&mut self, statement: &Statement, failure: &Failure) -> Error {
+    /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends.
+    pub(in crate::sql) async fn exclude_users(&mut self) -> Result<(), Error> {
+        let text = match self.transaction.to_begin.take() {
+            Some(kind) => format!("{}; SELECT pg_advisory_xact_lock({USERS})", begin(kind)),
+            None => format!("SELECT pg_advisory_xact_lock({USERS})"),
+        };
+        limited(STATEMENT_LIMIT, self.client.batch_execute(&text))
+            .await
+            .map_err(|failure| {
+                self.transaction.fault = Some(failure.fault());
+                failure.error(None)
+            })
+    }
+
+    fn failed(&mut self, statement: &Statement, failure: Failure) -> Error {
         let fault = failure.fault();
         if self.transaction.fault.is_none() || fault == Fault::Lost {
             self.transaction.fault = Some(fault);
         }
         failure.error(Some(statement.name))
     }
+}
+
+/// Begins a transaction. One of a user holds off the command that makes the store read-only, and reads what was
+/// commanded before: one round trip for all.
+fn begin(kind: WriteKind) -> String {
+    match kind {
+        WriteKind::Maintenance => BEGIN.to_owned(),
+        WriteKind::User | WriteKind::Delete => format!(
+            "{BEGIN}; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
+            mode::CHECK.postgres()
+        ),
+    }
+}
+
+/// Refuses the transaction when the answer to its begin tells of a command. The lock gives a row of its own, which has
+/// no such column.
+fn check(kind: WriteKind, answers: &[SimpleQueryMessage]) -> Result<(), Failure> {
+    let commanded = answers.iter().find_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => row.try_get("value").ok().flatten(),
+        _ => None,
+    });
+    mode::check_command(kind, commanded).map_err(Failure::Refused)
 }
 
 /// Puts a fence into the row of session `id` and tells the number of its last transaction that was committed. Waits
@@ -367,6 +360,8 @@ fn convert(statement: &Statement, row: &tokio_postgres::Row) -> Result<Row, Erro
     Ok(Row(cells))
 }
 
+/// The advisory lock that every transaction of a user shares, and that the command to be read-only takes alone.
+const USERS: i64 = 0x6c6f_6e67_7368_6f72;
 const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 /// A COMMIT that waits for its standby is not cut short: what it would then report as done is not on the standby.
 /// In a transaction that a failed statement broke, the first part is refused and COMMIT, which would roll back
@@ -387,5 +382,3 @@ pub(super) const STATEMENT_TIMEOUT: &str = "30s";
 const STATEMENT_LIMIT: Duration = Duration::from_secs(35);
 const COMMIT_LIMIT: Duration = Duration::from_mins(1);
 pub(super) const CONTROL_LIMIT: Duration = Duration::from_secs(3);
-/// The advisory lock that transactions of users share and the command for the read-only mode takes alone.
-const USERS: i64 = 0x6c6f_6e67_7368_6f72;
