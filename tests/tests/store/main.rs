@@ -13,6 +13,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod mode;
+#[cfg(test)]
 mod race;
 #[cfg(test)]
 mod refusal;
