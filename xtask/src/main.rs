@@ -27,6 +27,7 @@ mod provision;
 mod shell;
 mod soak;
 mod test;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -73,6 +74,8 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
+    /// Runs the previous program on the newest schema and back.
+    Upgrade(upgrade::Options),
     /// Kills the server at every failpoint and at random, and lets its disk refuse to sync.
     Kill(kill::Options),
     /// Cuts the power of the server's file system (needs root).
@@ -107,6 +110,7 @@ fn main() -> ExitCode {
         Command::Deny => deny::run(),
         Command::Conformance { program, release } => conformance::run(&program, release),
         Command::Kill(options) => kill::run(&options),
+        Command::Upgrade(options) => upgrade::run(&options),
         Command::PowerCut(options) => power_cut::run(&options),
         Command::Soak(options) => soak::run(&options),
         Command::Bench(arguments) => bench::run(&arguments),
