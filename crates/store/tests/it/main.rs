@@ -5,6 +5,8 @@ mod backup;
 #[cfg(test)]
 mod collection;
 #[cfg(test)]
+mod collection_race;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
