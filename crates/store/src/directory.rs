@@ -155,19 +155,19 @@ impl Directory {
 /// store that it became. Doing it again changes nothing.
 pub(crate) fn retire(root: &Path) -> Result<(), Error> {
     let format = root.join(FORMAT_FILE);
-    match std::fs::remove_file(&format) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(Error::io("remove", &format, error));
-        }
-        _ => sync_directory(root)?,
+    if let Err(error) = std::fs::remove_file(&format)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("remove", &format, error));
     }
+    sync_directory(root)?;
     let path = database(root);
-    match std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}"))) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(Error::io("rename", &path, error));
-        }
-        _ => sync_directory(root),
+    if let Err(error) = std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}")))
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("rename", &path, error));
     }
+    sync_directory(root)
 }
 
 /// The path of the database.

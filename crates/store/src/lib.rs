@@ -58,7 +58,7 @@ pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
-    QueueLength, Reason, Window, WindowError,
+    QueueLag, QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -80,7 +80,7 @@ pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
-pub use verify::{verify_audit, verify_store};
+pub use verify::{VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).

@@ -5,11 +5,15 @@
 #[cfg(test)]
 mod backup;
 #[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod load;
+#[cfg(test)]
+mod mode;
 #[cfg(test)]
 mod race;
 #[cfg(test)]

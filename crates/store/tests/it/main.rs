@@ -2,9 +2,10 @@
 
 #[cfg(test)]
 mod backup;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod backup_kill;
+#[cfg(test)]
+mod cluster;
 #[cfg(test)]
 mod collection;
 #[cfg(test)]
@@ -15,6 +16,8 @@ mod directory;
 mod engine;
 #[cfg(test)]
 mod kill;
+#[cfg(test)]
+mod kill_transfer;
 #[cfg(test)]
 mod modes;
 #[cfg(test)]
@@ -27,6 +30,7 @@ mod postgres;
 mod recovery;
 #[cfg(test)]
 mod reindex;
+#[cfg(test)]
 mod reports;
 #[cfg(test)]
 mod retention;
