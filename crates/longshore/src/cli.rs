@@ -15,6 +15,8 @@ mod pin;
 pub(crate) mod proof;
 mod quota;
 mod release;
+mod retention;
+mod scrub;
 mod server;
 mod storage;
 
@@ -69,7 +71,9 @@ impl Cli {
             Command::Release(command) => command.run(&global).await,
             Command::Reindex(command) => command.run(&global).await,
             Command::Restore(command) => command.run(&global).await,
+            Command::Retention(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
+            Command::Scrub(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
             Command::Storage(command) => command.run(&global).await,
@@ -195,6 +199,12 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Decide which tags are kept: plan, run, undo.
+    #[command(subcommand)]
+    Retention(retention::Retention),
+    /// Read everything again and compare it with its digest.
+    #[command(subcommand)]
+    Scrub(scrub::Scrub),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
     /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.

@@ -49,6 +49,9 @@ struct Meters {
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
     collection: Collection,
+    scrubbed: Gauge,
+    scrub_found: Gauge,
+    suspect: Gauge,
     backup: BackupMeters,
     logical_bytes: Gauge,
     manifest_bytes: Gauge,
@@ -167,6 +170,25 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let scrubbed = Gauge::default();
+        registry.register_with_unit(
+            "scrub_read",
+            "Bytes that the scrub of this process has read since it began",
+            Unit::Bytes,
+            scrubbed.clone(),
+        );
+        let scrub_found = Gauge::default();
+        registry.register(
+            "scrub_damaged",
+            "Blobs and manifests that the scrub of this process has found damaged since it began",
+            scrub_found.clone(),
+        );
+        let suspect = Gauge::default();
+        registry.register(
+            "suspect_blobs",
+            "Blobs that are damaged and wait for a push to heal them",
+            suspect.clone(),
+        );
         let read_only = Family::default();
         registry.register(
             "read_only",
@@ -271,6 +293,9 @@ impl Metrics {
             pending_deletions,
             read_only,
             collection,
+            scrubbed,
+            scrub_found,
+            suspect,
             backup,
             logical_bytes,
             manifest_bytes,
@@ -356,6 +381,7 @@ impl Metrics {
         }
         let default_quota = store.default_quota();
         let mode = store.mode().await?;
+        let suspect = store.suspect_count().await?;
         self.0.collection.set(store).await?;
         let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, count) in [
@@ -382,6 +408,10 @@ impl Metrics {
             backup.lag.set(lag);
             backup.failures.set(status.failures as i64);
         }
+        let scrub = store.scrub_counters();
+        self.0.scrubbed.set(scrub.bytes as i64);
+        self.0.scrub_found.set(scrub.damaged as i64);
+        self.0.suspect.set(suspect as i64);
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),
             ("disk", mode.full.is_some()),

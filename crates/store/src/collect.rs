@@ -75,3 +75,6 @@ pub(crate) static STATEMENTS: [&[&crate::sql::Statement]; 6] = [
     worker::STATEMENTS,
     explain::STATEMENTS,
 ];
+
+#[cfg(test)]
+mod tests;

@@ -49,7 +49,7 @@ mod upload;
 mod usage;
 mod verify;
 
-pub use adopt::{Adopted, adopt};
+pub use adopt::{AdoptOptions, Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use backup::once::{BackupMade, backup};
 pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
@@ -80,7 +80,7 @@ pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
-pub use verify::{verify_audit, verify_store};
+pub use verify::{VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).

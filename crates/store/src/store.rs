@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,7 +11,6 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
-use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
@@ -25,7 +24,7 @@ use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row, WriteKind};
+use crate::sql::{Context, Db, Row};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
@@ -397,6 +396,19 @@ impl Store {
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
 
+    /// Holds memory of uploads until the guard is dropped, so that a test sees what becomes of them without it.
+    #[doc(hidden)]
+    pub async fn hold_memory(&self, bytes: u32) -> impl Drop + use<> {
+        struct Held(Option<tokio::sync::OwnedSemaphorePermit>);
+        impl Drop for Held {
+            fn drop(&mut self) {
+                drop(self.0.take());
+            }
+        }
+        let memory = Arc::clone(&self.0.memory);
+        Held(memory.acquire_many_owned(bytes).await.ok())
+    }
+
     /// Takes claims in the rows of uploads as replicas do, for the contract tests.
     #[doc(hidden)]
     pub fn share_claims(&self) {
@@ -733,22 +745,6 @@ impl Store {
     pub fn advance_clock(&self, by: Duration) {
         self.0.clock.advance(by);
     }
-
-    /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
-    #[doc(hidden)]
-    pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        let listed = self.0.objects.list().await?;
-        let (mut report, doubts) = self
-            .0
-            .db
-            .write(VerifyOpen(Arc::clone(&self.0), listed))
-            .await?;
-        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
-        report
-            .problems
-            .extend(kept.into_iter().map(|doubt| doubt.problem));
-        Ok(report)
-    }
 }
 
 impl std::fmt::Debug for Store {
@@ -756,28 +752,6 @@ impl std::fmt::Debug for Store {
         f.debug_struct("Store")
             .field("epoch", &self.0.epoch)
             .finish_non_exhaustive()
-    }
-}
-
-struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
-
-impl crate::sql::Body for VerifyOpen {
-    const KIND: WriteKind = WriteKind::Maintenance;
-
-    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
-
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
-        let files = self.0.objects.files().map(Arc::as_ref);
-        let mut report = crate::VerifyReport::default();
-        let mut doubts = Vec::new();
-        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
-        if files.is_some() {
-            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
-        }
-        if let Err(problem) = audit::verify(tx).await? {
-            report.problems.push(problem);
-        }
-        Ok((report, doubts))
     }
 }
 

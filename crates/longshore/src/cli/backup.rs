@@ -179,6 +179,10 @@ pub(crate) struct Restore {
     /// Adopt although other programs are connected to the database.
     #[arg(long, requires = "adopt")]
     force: bool,
+    /// Delete, after a lease, objects that the adopted database does not know: they came after the moment of the restore.
+    /// Be sure that no other registry uses the same place.
+    #[arg(long, requires = "adopt")]
+    discard_unknown: bool,
 }
 
 impl Restore {
@@ -219,18 +223,34 @@ impl Restore {
 
     async fn adopt(self, global: &Global) -> anyhow::Result<Exit> {
         let config = Config::load(self.config.as_deref(), None, &[], std::env::vars())?;
-        let adopted = store::adopt(&config.location, config.store, self.force).await?;
+        let how = store::AdoptOptions {
+            force: self.force,
+            discard_unknown: self.discard_unknown,
+        };
+        let adopted = store::adopt(&config.location, config.store, how).await?;
         if global.json {
             output::json(&json!({
                 "epoch": adopted.epoch,
                 "uploads": adopted.uploads,
                 "leases": adopted.leases,
+                "unknownObjects": adopted.unknown,
             }))?;
         } else {
             output::line(format!(
                 "the database is adopted: event epoch {}, {} uploads ended, {} leases renewed",
                 adopted.epoch, adopted.uploads, adopted.leases
             ));
+            if adopted.unknown > 0 {
+                output::line(format!(
+                    "{} objects came after that moment and are in no row{}",
+                    adopted.unknown,
+                    if self.discard_unknown {
+                        "; they are deleted after a lease"
+                    } else {
+                        ": `--discard-unknown` deletes them"
+                    }
+                ));
+            }
         }
         Ok(Exit::OK)
     }

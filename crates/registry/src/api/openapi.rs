@@ -11,6 +11,8 @@ pub(crate) fn document() -> Value {
         super::mode::paths(),
         super::pins::paths(),
         super::repositories::paths(),
+        super::retention::paths(),
+        super::scrub::paths(),
         super::storage::paths(),
     ];
     if let Some(paths) = document["paths"].as_object_mut() {

@@ -44,7 +44,7 @@ impl Statement {
     }
 
     /// The text for SQLite. `$3` would be bound there by its first appearance, `?3` is bound by number.
-    pub(super) fn sqlite(&self) -> &str {
+    pub(crate) fn sqlite(&self) -> &str {
         self.sqlite.get_or_init(|| {
             let mut text = self.text.replace('$', "?");
             for (fragment, _) in FRAGMENTS {

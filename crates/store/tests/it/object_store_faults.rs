@@ -348,3 +348,44 @@ async fn damage_is_found() {
     let report = store.verify_open().await.unwrap();
     assert_eq!(report.problems.len(), 1, "{:?}", report.problems);
 }
+
+/// Many uploads and memory for hardly one of them: all come to their end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn uploads_that_find_no_memory_wait_without_holding_any() {
+    let world = world().await;
+    let (store, objects) = (&world.store, &world.objects);
+    let held = store
+        .hold_memory((256 << 20) - (PART as u32 + (2 << 20)))
+        .await;
+    let pushes: Vec<_> = (0..6)
+        .map(|seed| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let (bytes, repository) = (content(seed, PART + 300_000), name("a/b"));
+                let digest = Digest::sha256(&bytes);
+                let mut writer = if seed % 2 == 0 {
+                    store
+                        .put_blob(&repository, &digest, &actor())
+                        .await
+                        .unwrap()
+                } else {
+                    let id = start(&store).await;
+                    store.claim_upload(&repository, &id).await.unwrap()
+                };
+                for start in (0..bytes.len()).step_by(700_000) {
+                    let end = (start + 700_000).min(bytes.len());
+                    writer.write(bytes.slice(start..end)).await.unwrap();
+                    tokio::task::yield_now().await;
+                }
+                writer.commit(&digest, &actor()).await.unwrap();
+                assert!(read_blob(&store, &repository, &digest).await.unwrap() == bytes);
+            })
+        })
+        .collect();
+    for push in pushes {
+        push.await.unwrap();
+    }
+    drop(held);
+    assert!(objects.count(Request::Put) > 0, "nobody had to wait");
+    ends_clean(objects, store, 6).await;
+}

@@ -314,6 +314,8 @@ pub(crate) async fn contract(engine: &Engine) {
         .await
         .unwrap();
     assert!(adopted.leases > 0);
+    let lease = std::time::Duration::from_hours(24);
+    assert_eq!(store.look_for_unknown(true, lease).await.unwrap(), 0);
     store.export().await.unwrap();
     assert_sound(store).await;
     store.clone().close().await.unwrap();

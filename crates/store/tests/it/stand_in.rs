@@ -62,7 +62,7 @@ struct State {
 #[derive(Clone)]
 pub(crate) struct StandIn {
     state: Arc<Mutex<State>>,
-    endpoint: String,
+    pub(crate) endpoint: String,
 }
 
 impl StandIn {
