@@ -54,8 +54,9 @@ async fn race(engine: &Engine, stores: Vec<Store>) {
         .collect();
     let judged = Arc::new(AtomicU64::new(0));
     let workers: Vec<_> = (0..WORKERS)
-        .map(|worker| {
-            let store = stores[worker as usize % stores.len()].clone();
+        .zip(stores.iter().cycle())
+        .map(|(worker, store)| {
+            let store = store.clone();
             tokio::spawn(work(store, worker, Arc::clone(&judged)))
         })
         .collect();
@@ -96,8 +97,8 @@ async fn work(store: Store, worker: u64, judged: Arc<AtomicU64>) {
         (random >> 11) % sides
     };
     for _ in 0..ROUNDS {
-        let repository = name(["race/one", "race/two"][dice(2) as usize]);
-        let other = name(["race/one", "race/two"][dice(2) as usize]);
+        let repository = name(if dice(2) == 0 { "race/one" } else { "race/two" });
+        let other = name(if dice(2) == 0 { "race/one" } else { "race/two" });
         let seed = dice(4);
         let begin = Instant::now();
         let mut parts = Vec::new();
