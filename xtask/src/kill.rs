@@ -41,7 +41,7 @@ pub(crate) struct Options {
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
-    /// Test this program instead of building it; it must be built with `store/failpoints`.
+    /// Test this program instead of building it; it must be built with `longshore/failpoints`.
     #[arg(long)]
     program: Option<PathBuf>,
     /// Repeats a run.
@@ -83,7 +83,7 @@ const LIVES: u64 = 20;
 
 /// Runs it; `false` when something was lost.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
-    let program = shell::program(options.program.as_deref(), false, &["store/failpoints"])?;
+    let program = shell::program(options.program.as_deref(), false, &["longshore/failpoints"])?;
     let names = shell::read(shell::command(&program).arg("failpoints"))?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     let mut random = Random(seed);

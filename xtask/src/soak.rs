@@ -37,15 +37,15 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3)]
     replicas: usize,
     /// How many clients at once.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 24)]
     workers: u64,
     /// The lease in milliseconds; what a HEAD promises is half of it.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 2000)]
     lease: u64,
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
-    /// Test this program instead of building it; it must be built with `store/failpoints`.
+    /// Test this program instead of building it; it must be built with `longshore/failpoints`.
     #[arg(long)]
     program: Option<PathBuf>,
     /// Repeats what the clients choose.
@@ -75,7 +75,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let program = shell::program(
         options.program.as_deref(),
         options.release,
-        &["store/failpoints"],
+        &["longshore/failpoints"],
     )?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     println!("seed {seed}");
@@ -125,6 +125,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         looked.iter().sum::<u64>()
     );
     report.wrong.extend(read.wrong);
+    each(&mut workers, |worker| worker.adopt().map(|()| 0))?;
     for referenced in [true, false] {
         if !referenced {
             each(&mut workers, |worker| worker.delete_all().map(|()| 0))?;

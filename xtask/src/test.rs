@@ -146,7 +146,7 @@ fn workspace() -> Command {
         "e2e",
         "--no-fail-fast",
         "--features",
-        "store/failpoints",
+        "longshore/failpoints",
     ]);
     cargo
 }

@@ -4,7 +4,9 @@ pub(crate) mod agent;
 mod artifact;
 mod backup;
 mod completions;
+mod explain;
 mod export;
+mod gc;
 mod import;
 mod login;
 mod migrate;
@@ -13,6 +15,8 @@ mod pin;
 pub(crate) mod proof;
 mod quota;
 mod release;
+mod retention;
+mod scrub;
 mod server;
 mod storage;
 
@@ -48,8 +52,10 @@ impl Cli {
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Explain(command) => command.run(&global).await,
             Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Gc(command) => command.run(&global).await,
             Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
@@ -63,8 +69,11 @@ impl Cli {
             Command::Push(command) => command.run(&global).await,
             Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Reindex(command) => command.run(&global).await,
             Command::Restore(command) => command.run(&global).await,
+            Command::Retention(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
+            Command::Scrub(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
             Command::Storage(command) => command.run(&global).await,
@@ -127,9 +136,16 @@ impl Global {
     }
 }
 
-/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+/// The registry that a command operates: `host[:port]`, by default that of `LONGSHORE_REGISTRY`, else the one on this
+/// machine.
 pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
-    login::host(text.unwrap_or("127.0.0.1:5050"))
+    let named = std::env::var("LONGSHORE_REGISTRY").unwrap_or_default();
+    let default = if named.is_empty() {
+        "127.0.0.1:5050"
+    } else {
+        &named
+    };
+    login::host(text.unwrap_or(default))
 }
 
 #[derive(Debug, Subcommand)]
@@ -162,8 +178,12 @@ enum Command {
     Inspect(artifact::Inspect),
     /// Give an artifact more tags.
     Tag(artifact::Tag),
-    /// Delete a tag, or a manifest by digest.
+    /// Delete a tag, a manifest by digest, or a whole repository.
     Rm(artifact::Rm),
+    /// Explain why something is kept, and until when.
+    Explain(explain::Explain),
+    /// Look at the garbage collector.
+    Gc(gc::Gc),
     /// Keep manifests from deletion.
     #[command(subcommand)]
     Pin(pin::Pin),
@@ -179,6 +199,12 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Decide which tags are kept: plan, run, undo.
+    #[command(subcommand)]
+    Retention(retention::Retention),
+    /// Read everything again and compare it with its digest.
+    #[command(subcommand)]
+    Scrub(scrub::Scrub),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
     /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
@@ -193,6 +219,8 @@ enum Command {
     Backup(backup::Backup),
     /// Restore a data directory from a backup.
     Restore(backup::Restore),
+    /// Make a new database from objects and exports, when the old one is lost.
+    Reindex(backup::Reindex),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

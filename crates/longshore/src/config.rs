@@ -6,6 +6,7 @@
 mod backup;
 mod gc;
 mod redirect;
+mod retention;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -71,23 +72,9 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let environment: Vec<(String, String)> = environment.into_iter().collect();
-        let raw = raw.overlay(environment.iter().cloned())?;
-        #[cfg_attr(
-            not(feature = "failpoints"),
-            expect(unused_mut, reason = "only a test build changes it")
-        )]
-        let mut config = raw
-            .check(data, listen)
-            .map_err(|error| config_error(file, error))?;
-        #[cfg(feature = "failpoints")]
-        {
-            let lease = environment
-                .iter()
-                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
-            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
-        }
-        Ok(config)
+        let raw = raw.overlay(environment)?;
+        raw.check(data, listen)
+            .map_err(|error| config_error(file, error))
     }
 }
 
@@ -147,6 +134,8 @@ struct Raw {
     attempts: Attempts,
     events: Events,
     gc: gc::Gc,
+    retention: retention::Retention,
+    scrub: retention::Scrub,
     backup: backup::Backup,
     log: Option<Log>,
 }
@@ -381,6 +370,9 @@ impl Raw {
         let s3 = matches!(location.objects, ObjectLocation::S3(_));
         self.gc.apply(&mut options, s3)?;
         let redirect = self.storage.redirect.check(&mut options, s3)?;
+        self.retention.apply(&mut options)?;
+        self.scrub.apply(&mut options)?;
+        options.test_switches();
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -711,8 +703,18 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 9] = [
-    "server", "storage", "auth", "access", "attempts", "events", "gc", "backup", "log",
+const SECTIONS: [&str; 11] = [
+    "server",
+    "storage",
+    "auth",
+    "access",
+    "attempts",
+    "events",
+    "gc",
+    "retention",
+    "scrub",
+    "backup",
+    "log",
 ];
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //!
 //! What the store holds is as old as `longshore_stored_age_seconds` says: counting it costs at most a hundredth of the time.
 
+mod collection;
+
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,6 +26,7 @@ use crate::auth::Decision;
 use crate::error::Refusal;
 use crate::serve::body::Body;
 use crate::serve::call::Call;
+use collection::Collection;
 
 /// The meters. Cloning shares them.
 #[derive(Clone)]
@@ -45,6 +48,10 @@ struct Meters {
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    collection: Collection,
+    scrubbed: Gauge,
+    scrub_found: Gauge,
+    suspect: Gauge,
     backup: BackupMeters,
     logical_bytes: Gauge,
     manifest_bytes: Gauge,
@@ -163,12 +170,32 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let scrubbed = Gauge::default();
+        registry.register_with_unit(
+            "scrub_read",
+            "Bytes that the scrub of this process has read since it began",
+            Unit::Bytes,
+            scrubbed.clone(),
+        );
+        let scrub_found = Gauge::default();
+        registry.register(
+            "scrub_damaged",
+            "Blobs and manifests that the scrub of this process has found damaged since it began",
+            scrub_found.clone(),
+        );
+        let suspect = Gauge::default();
+        registry.register(
+            "suspect_blobs",
+            "Blobs that are damaged and wait for a push to heal them",
+            suspect.clone(),
+        );
         let read_only = Family::default();
         registry.register(
             "read_only",
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
         );
+        let collection = Collection::new(&mut registry);
         let backup = BackupMeters::default();
         registry.register_with_unit(
             "backup_last_success_timestamp",
@@ -265,6 +292,10 @@ impl Metrics {
             stored_bytes,
             pending_deletions,
             read_only,
+            collection,
+            scrubbed,
+            scrub_found,
+            suspect,
             backup,
             logical_bytes,
             manifest_bytes,
@@ -350,6 +381,8 @@ impl Metrics {
         }
         let default_quota = store.default_quota();
         let mode = store.mode().await?;
+        let suspect = store.suspect_count().await?;
+        self.0.collection.set(store).await?;
         let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, count) in [
             ("repositories", totals.repositories),
@@ -375,6 +408,10 @@ impl Metrics {
             backup.lag.set(lag);
             backup.failures.set(status.failures as i64);
         }
+        let scrub = store.scrub_counters();
+        self.0.scrubbed.set(scrub.bytes as i64);
+        self.0.scrub_found.set(scrub.damaged as i64);
+        self.0.suspect.set(suspect as i64);
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),
             ("disk", mode.full.is_some()),

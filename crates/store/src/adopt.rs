@@ -5,14 +5,16 @@
 //! lease for it). Physical deletions wait as well, so that the step can be repeated from the same backup. Doing it twice
 //! does no harm.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::audit;
+use crate::blob::StorageKey;
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location};
 use crate::model::{Actor, Options};
 use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Store;
+use crate::{audit, collect};
 
 statements! {
     SET_EPOCH = "INSERT INTO meta (key, value) VALUES ('epoch', $1) \
@@ -28,6 +30,9 @@ statements! {
                            SELECT 1 FROM collection_queue q WHERE q.kind = 'manifest' \
                            AND q.repository_id = manifest.repository_id AND q.target_id = manifest.id)";
     POSTPONE = "UPDATE collection_queue SET due_at = $1 WHERE kind <> 'upload' AND due_at < $1";
+    KNOWN = "SELECT storage_key FROM blob WHERE storage_key = $1 \
+             UNION ALL SELECT storage_key FROM upload WHERE $1 IN (storage_key, tail_key, next_tail_key) \
+             UNION ALL SELECT storage_key FROM deletion WHERE storage_key = $1";
     POSTPONE_DELETIONS = "UPDATE deletion SET due_at = $1 WHERE due_at < $1";
 }
 
@@ -49,6 +54,17 @@ pub struct Adopted {
     pub uploads: u64,
     /// Blobs and manifests that may be unreferenced and got a new lease.
     pub leases: u64,
+    /// Objects that the database does not know: they came after the moment that was restored.
+    pub unknown: u64,
+}
+
+/// How a database is adopted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AdoptOptions {
+    /// Although other programs are connected to it.
+    pub force: bool,
+    /// Objects that the database does not know are deleted after a lease. Without it they are only counted.
+    pub discard_unknown: bool,
 }
 
 impl Body for Adopt {
@@ -70,6 +86,7 @@ impl Body for Adopt {
             epoch: self.epoch.clone(),
             uploads,
             leases: blobs + manifests,
+            unknown: 0,
         })
     }
 }
@@ -77,10 +94,14 @@ impl Body for Adopt {
 /// Marks a database that was restored with PostgreSQL's own tools, while no replica runs on it. May be repeated.
 ///
 /// # Errors
-/// [`Error::Unavailable`] when programs are connected to the database, unless `force`; as [`Store::open_at`].
-pub async fn adopt(location: &Location, options: Options, force: bool) -> Result<Adopted, Error> {
+/// [`Error::Unavailable`] when programs are connected to the database, unless forced; as [`Store::open_at`].
+pub async fn adopt(
+    location: &Location,
+    options: Options,
+    how: AdoptOptions,
+) -> Result<Adopted, Error> {
     if let DatabaseLocation::Postgres(url) = &location.database
-        && !force
+        && !how.force
     {
         let others = Db::others_on_postgres(url).await?;
         if others > 0 {
@@ -95,12 +116,65 @@ pub async fn adopt(location: &Location, options: Options, force: bool) -> Result
     }
     let lease = options.lease;
     let store = Store::open_at(location, options).await?;
-    let adopted = store.adopt(lease).await;
+    let adopted = async {
+        let mut adopted = store.adopt(lease).await?;
+        adopted.unknown = store.look_for_unknown(how.discard_unknown, lease).await?;
+        Ok(adopted)
+    }
+    .await;
     store.close().await?;
     adopted
 }
 
+/// Looks which of these objects are in no row, and puts them into the outbox when they shall go.
+struct Unknown {
+    keys: Arc<[StorageKey]>,
+    discard: bool,
+    lease: Duration,
+}
+
+impl Body for Unknown {
+    type Output = u64;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<u64, Error> {
+        let until = tx.now().plus(self.lease);
+        let mut unknown = 0;
+        for key in self.keys.iter() {
+            if tx
+                .query_opt(&KNOWN, &[key.as_str().into()])
+                .await?
+                .is_none()
+            {
+                unknown += 1;
+                if self.discard {
+                    collect::discard(tx, key.as_str(), until).await?;
+                }
+            }
+        }
+        Ok(unknown)
+    }
+}
+
 impl Store {
+    /// Counts the objects that are in no row, and puts them into the outbox with `discard`.
+    #[doc(hidden)]
+    pub async fn look_for_unknown(&self, discard: bool, lease: Duration) -> Result<u64, Error> {
+        let listed = self.inner().objects.list().await?;
+        let keys: Vec<StorageKey> = listed.into_iter().filter_map(|(_, key)| key).collect();
+        let mut unknown = 0;
+        for keys in keys.chunks(BATCH) {
+            let keys = keys.into();
+            let look = Unknown {
+                keys,
+                discard,
+                lease,
+            };
+            unknown += self.inner().db.write(look).await?;
+        }
+        Ok(unknown)
+    }
+
     /// Marks this store as restored. Its own epoch is the new one after it is opened again.
     #[doc(hidden)]
     pub async fn adopt(&self, lease: Duration) -> Result<Adopted, Error> {
@@ -124,3 +198,6 @@ pub(crate) fn actor() -> Actor {
         address: String::new(),
     }
 }
+
+/// Objects that one transaction looks for.
+const BATCH: usize = 500;

@@ -60,7 +60,7 @@ pub use dry_run::{DryRun, DryRunItem};
 pub use explain::{Kept, Reason};
 pub use outbox::OutboxLength;
 pub(crate) use outbox::{count as count_deletions, discard, discard_multipart};
-pub use queue::{Kind, QueueLength};
+pub use queue::{Kind, QueueLag, QueueLength};
 pub(crate) use queue::{enqueue, forget};
 pub use settings::{GcOptions, Window, WindowError};
 pub use worker::{CollectionStatus, CollectionTotals};
@@ -75,3 +75,6 @@ pub(crate) static STATEMENTS: [&[&crate::sql::Statement]; 6] = [
     worker::STATEMENTS,
     explain::STATEMENTS,
 ];
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::blob::file_system::{FileSystem, sync_directory};
 use crate::error::Error;
+use crate::export::shelf::EXPORTS;
 
 /// The format of the directory that this program writes.
 const FORMAT: i64 = 1;
@@ -30,7 +31,7 @@ impl Directory {
         make_directory(root)?;
         let fresh = read_format(root)?.is_none();
         if fresh {
-            check_ours(root)?;
+            check_ours(root, &[])?;
         }
         let lock = take_lock(root)?;
         // Whoever had the lock a moment ago may have made the directory whole.
@@ -41,13 +42,37 @@ impl Directory {
         } else if !database(root).is_file() {
             return Err(Error::damaged(
                 &database(root),
-                "it is missing, restore the directory from a backup",
+                "it is missing, restore the directory from a backup, or make it anew with `longshore reindex`",
             ));
         }
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh,
+        })
+    }
+
+    /// Takes the lock of a directory that has objects and has lost its database.
+    pub(crate) fn open_without_database(root: &Path) -> Result<Self, Error> {
+        if !objects(root).is_dir() {
+            return Err(Error::damaged(
+                root,
+                "it holds no objects, so it is not a data directory",
+            ));
+        }
+        read_format(root)?;
+        let lock = take_lock(root)?;
+        let database = database(root);
+        if database.exists() {
+            return Err(Error::damaged(
+                &database,
+                "the database is there; when it cannot be used, move it away with its `-wal` and `-shm` files first",
+            ));
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh: false,
         })
     }
 
@@ -61,7 +86,7 @@ impl Directory {
                 found: "an embedded store".to_owned(),
             });
         }
-        check_ours(root)?;
+        check_ours(root, &[EXPORTS])?;
         let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
@@ -115,19 +140,19 @@ impl Directory {
 /// store that it became. Doing it again changes nothing.
 pub(crate) fn retire(root: &Path) -> Result<(), Error> {
     let format = root.join(FORMAT_FILE);
-    match std::fs::remove_file(&format) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(Error::io("remove", &format, error));
-        }
-        _ => sync_directory(root)?,
+    if let Err(error) = std::fs::remove_file(&format)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("remove", &format, error));
     }
+    sync_directory(root)?;
     let path = database(root);
-    match std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}"))) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            return Err(Error::io("rename", &path, error));
-        }
-        _ => sync_directory(root),
+    if let Err(error) = std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}")))
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("rename", &path, error));
     }
+    sync_directory(root)
 }
 
 /// The path of the database.
@@ -193,14 +218,15 @@ fn read_format(root: &Path) -> Result<Option<i64>, Error> {
 }
 
 /// Refuses a directory without a format that holds anything but what a first start leaves behind.
-fn check_ours(root: &Path) -> Result<(), Error> {
+fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
     let entries = std::fs::read_dir(root).map_err(|error| Error::io("read", root, error))?;
     for entry in entries {
         let entry = entry.map_err(|error| Error::io("read", root, error))?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
-        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
+        let known = also.contains(&name.as_ref())
+            || [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
                 .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));

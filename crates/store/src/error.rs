@@ -43,6 +43,9 @@ pub enum Error {
     /// References of a manifest are not in the repository.
     #[error("the manifest names content that is not in this repository: {}", some(.0))]
     MissingReferences(Vec<Digest>),
+    /// There is no such directory.
+    #[error("no such directory: `{0}`")]
+    NoDirectory(PathBuf),
     /// The directory holds other things than a store.
     #[error(
         "`{dir}` is not a data directory of this program (it holds `{found}`), choose an empty directory"

@@ -3,6 +3,8 @@
 //! With the feature `failpoints`, `LONGSHORE_FAILPOINT=name` or `name:n` makes the process kill itself
 //! (SIGKILL) the n-th time it passes the point. Without the feature a point is nothing at all.
 
+use crate::model::Options;
+
 /// Every point, in the order in which a push passes them.
 pub(crate) const NAMES: &[&str] = &[
     "upload.before_row",
@@ -91,6 +93,8 @@ pub(crate) const NAMES: &[&str] = &[
     "backup.after_segment",
     "backup.after_fold",
     "backup.after_unline",
+    "export.after_part",
+    "export.after_set",
     "restore.after_database",
     "restore.after_objects",
     "restore.before_format",
@@ -149,4 +153,44 @@ pub(crate) fn planted(name: &str) -> bool {
     BUG.get_or_init(|| std::env::var("LONGSHORE_TEST_BUG").ok())
         .as_deref()
         == Some(name)
+}
+
+impl Options {
+    /// Lays what a test asks for in the environment over these settings: `LONGSHORE_TEST_LEASE=2s` makes leases
+    /// shorter than a configuration may, so that a test sees them end, and with them the time that deleted objects wait. Without the feature `failpoints` it does nothing.
+    #[doc(hidden)]
+    #[cfg_attr(
+        not(feature = "failpoints"),
+        expect(
+            clippy::unused_self,
+            clippy::needless_pass_by_ref_mut,
+            reason = "only a test build changes it"
+        )
+    )]
+    pub fn test_switches(&mut self) {
+        #[cfg(feature = "failpoints")]
+        if let Ok(text) = std::env::var("LONGSHORE_TEST_LEASE") {
+            if let Some(lease) = test_period(&text) {
+                self.lease = lease;
+                self.gc.beyond_lease = std::time::Duration::ZERO;
+                self.gc.read_grace = self.gc.read_grace.min(lease);
+                self.gc.keep_deleted = self.gc.keep_deleted.min(lease);
+            } else {
+                tracing::error!(
+                    text,
+                    "`LONGSHORE_TEST_LEASE` is no period, write `2s` or `500ms`"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(feature = "failpoints")]
+fn test_period(text: &str) -> Option<std::time::Duration> {
+    let (number, millis) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s')?, 1000),
+    };
+    let number: u64 = number.trim().parse().ok()?;
+    Some(std::time::Duration::from_millis(number * millis))
 }

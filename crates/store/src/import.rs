@@ -251,6 +251,9 @@ pub trait Sink: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 }
 
+/// Is told of a repository and of how many are left.
+pub type Told = Box<dyn Fn(&RepositoryName, usize) + Send + Sync>;
+
 /// What to bring, and how.
 pub struct Plans {
     /// Which repositories of the source.
@@ -264,7 +267,7 @@ pub struct Plans {
     /// How many blobs or manifests move at one time; 0 counts as 1.
     pub parallel: usize,
     /// Told of each repository that is done: its name and how many are left.
-    pub progress: Box<dyn Fn(&RepositoryName, usize) + Send + Sync>,
+    pub progress: Told,
 }
 
 impl Default for Plans {
@@ -680,7 +683,7 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
             });
         };
         change(self.state, |state| {
-            state.report.destination.repositories += 1
+            state.report.destination.repositories += 1;
         });
         for (tag, digest) in &plan.tags {
             let there = self.sink.tag(into, tag).await?;

@@ -25,6 +25,7 @@ mod collect;
 mod directory;
 mod error;
 mod event;
+mod export;
 mod failpoint;
 pub mod import;
 mod lease;
@@ -36,6 +37,7 @@ mod model;
 mod pin;
 mod pull;
 mod referrer;
+mod reindex;
 mod repository;
 mod retention;
 mod scrub;
@@ -47,7 +49,7 @@ mod upload;
 mod usage;
 mod verify;
 
-pub use adopt::{Adopted, adopt};
+pub use adopt::{AdoptOptions, Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
 pub use backup::once::{BackupMade, backup};
 pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
@@ -56,7 +58,7 @@ pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
     CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
-    QueueLength, Reason, Window, WindowError,
+    QueueLag, QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -70,6 +72,7 @@ pub use model::{
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;
+pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
 pub use retention::{
     Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
 };
@@ -77,7 +80,7 @@ pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
-pub use verify::{verify_audit, verify_store};
+pub use verify::{VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).

@@ -321,6 +321,8 @@ pub struct VerifyReport {
     pub bytes: u64,
     /// Manifests whose bytes, edges and tags were checked.
     pub manifests: u64,
-    /// What is wrong, one sentence each.
+    /// What is wrong, one sentence each; the first ten thousand.
     pub problems: Vec<String>,
+    /// How many more there are.
+    pub more_problems: u64,
 }

@@ -24,7 +24,6 @@ statements! {
     HAS_CONTENT = "SELECT r.id FROM repository r WHERE r.name = $1 AND ( \
                 EXISTS (SELECT 1 FROM manifest m WHERE m.repository_id = r.id) \
                 OR EXISTS (SELECT 1 FROM repository_blob b WHERE b.repository_id = r.id))";
-    COUNT = "SELECT COUNT(*) FROM repository WHERE deleted_at IS NULL";
     TAKE = "SELECT id, namespace_id FROM repository WHERE id = $1 AND name = $2 {for update}";
     PINNED = "SELECT digest, holder FROM pin WHERE repository_id = $1 AND (expires_at IS NULL OR expires_at > $2) \
               ORDER BY digest, holder LIMIT 10";

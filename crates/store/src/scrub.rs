@@ -508,6 +508,24 @@ pub(crate) async fn hash<F: Future<Output = ()>>(
             blob.size,
         );
     }
+    if let BlobContent::Remote(remote) = &blob.content {
+        let mut stream = match remote.stream(0..blob.size).await {
+            Ok(stream) => stream,
+            Err(error) => return Verdict::of_failure(error),
+        };
+        let mut at = 0;
+        loop {
+            match stream.next().await {
+                Ok(Some(piece)) => {
+                    pause(piece.len() as u64).await;
+                    at += piece.len() as u64;
+                    hasher.update(&piece);
+                }
+                Ok(None) => return judge(digest, &hasher.finish(), at, blob.size),
+                Err(error) => return Verdict::of_failure(error),
+            }
+        }
+    }
     let mut at = 0;
     while at < blob.size {
         let end = (at + PIECE).min(blob.size);

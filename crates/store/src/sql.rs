@@ -68,6 +68,13 @@ impl Db {
         }
     }
 
+    /// Connects to PostgreSQL to look at it. The schema is left as it is, and must be the one that this program knows.
+    pub(crate) async fn look_postgres(url: &str, context: Context) -> Result<Self, Error> {
+        postgres::Postgres::look(url, MIGRATIONS, context)
+            .await
+            .map(Self::Postgres)
+    }
+
     /// Runs one transaction. The answer comes after its COMMIT; an error of the body rolls it back.
     ///
     /// Cancel safety: when the caller goes away the transaction still runs to its end.

@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,24 +11,25 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
-use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row, WriteKind};
+use crate::sql::{Context, Db, Row};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -60,6 +61,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -127,16 +130,19 @@ impl Store {
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        let (objects, memory) = match objects {
+        let (objects, exports, memory) = match objects {
             ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
                 let files = FileSystem::open(directory::objects(&root));
                 if !locks.iter().any(|held| held.is(&root)) {
                     locks.push(blocking(move || Directory::open_objects(&root)).await?);
                 }
-                (Objects::Directory(Arc::new(files)), MEMORY)
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
             }
             ObjectLocation::S3(location) => {
-                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
             }
         };
         crate::transfer::check_open(&db).await?;
@@ -171,6 +177,7 @@ impl Store {
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
+            exports,
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -230,7 +237,7 @@ impl Store {
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
         tokio::select! {
-            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0)) } => {}
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
             () = self.scrub() => {}
             () = self.retain() => {}
         }
@@ -738,22 +745,6 @@ impl Store {
     pub fn advance_clock(&self, by: Duration) {
         self.0.clock.advance(by);
     }
-
-    /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
-    #[doc(hidden)]
-    pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        let listed = self.0.objects.list().await?;
-        let (mut report, doubts) = self
-            .0
-            .db
-            .write(VerifyOpen(Arc::clone(&self.0), listed))
-            .await?;
-        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
-        report
-            .problems
-            .extend(kept.into_iter().map(|doubt| doubt.problem));
-        Ok(report)
-    }
 }
 
 impl std::fmt::Debug for Store {
@@ -761,28 +752,6 @@ impl std::fmt::Debug for Store {
         f.debug_struct("Store")
             .field("epoch", &self.0.epoch)
             .finish_non_exhaustive()
-    }
-}
-
-struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
-
-impl crate::sql::Body for VerifyOpen {
-    const KIND: WriteKind = WriteKind::Maintenance;
-
-    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
-
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
-        let files = self.0.objects.files().map(Arc::as_ref);
-        let mut report = crate::VerifyReport::default();
-        let mut doubts = Vec::new();
-        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
-        if files.is_some() {
-            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
-        }
-        if let Err(problem) = audit::verify(tx).await? {
-            report.problems.push(problem);
-        }
-        Ok((report, doubts))
     }
 }
 

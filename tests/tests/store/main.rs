@@ -3,11 +3,17 @@
 //! `verify-store` is clean, and a refusal says what to do.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
+mod collection;
+#[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod load;
+#[cfg(test)]
+mod mode;
 #[cfg(test)]
 mod race;
 #[cfg(test)]

@@ -179,6 +179,10 @@ pub(crate) struct Restore {
     /// Adopt although other programs are connected to the database.
     #[arg(long, requires = "adopt")]
     force: bool,
+    /// Delete, after a lease, objects that the adopted database does not know: they came after the moment of the restore.
+    /// Be sure that no other registry uses the same place.
+    #[arg(long, requires = "adopt")]
+    discard_unknown: bool,
 }
 
 impl Restore {
@@ -219,27 +223,112 @@ impl Restore {
 
     async fn adopt(self, global: &Global) -> anyhow::Result<Exit> {
         let config = Config::load(self.config.as_deref(), None, &[], std::env::vars())?;
-        let location = location(&config);
-        let adopted = store::adopt(&location, config.store, self.force).await?;
+        let how = store::AdoptOptions {
+            force: self.force,
+            discard_unknown: self.discard_unknown,
+        };
+        let adopted = store::adopt(&config.location, config.store, how).await?;
         if global.json {
             output::json(&json!({
                 "epoch": adopted.epoch,
                 "uploads": adopted.uploads,
                 "leases": adopted.leases,
+                "unknownObjects": adopted.unknown,
             }))?;
         } else {
             output::line(format!(
                 "the database is adopted: event epoch {}, {} uploads ended, {} leases renewed",
                 adopted.epoch, adopted.uploads, adopted.leases
             ));
+            if adopted.unknown > 0 {
+                output::line(format!(
+                    "{} objects came after that moment and are in no row{}",
+                    adopted.unknown,
+                    if self.discard_unknown {
+                        "; they are deleted after a lease"
+                    } else {
+                        ": `--discard-unknown` deletes them"
+                    }
+                ));
+            }
         }
         Ok(Exit::OK)
     }
 }
 
-/// Where the configured store is.
-fn location(config: &Config) -> store::Location {
-    config.location.clone()
+/// Make a new database from objects and exports, when the old one is lost.
+///
+/// Each object is read once. Manifests, small blobs and tags come from the exports that a server writes beside the
+/// objects every minute. Pins, quotas, the audit record and the history of tags are not in them: restore a backup when
+/// there is one. Begins again when it is interrupted.
+#[derive(Debug, Args)]
+pub(crate) struct Reindex {
+    /// The data directory [default: /var/lib/longshore as root, else $XDG_DATA_HOME/longshore].
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// The configuration file of the registry, when its database is PostgreSQL. The database must be empty.
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl Reindex {
+    pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
+        let config = Config::load(
+            self.config.as_deref(),
+            self.data.as_deref(),
+            &[],
+            std::env::vars(),
+        )?;
+        let told = std::sync::Mutex::new(std::time::Duration::ZERO);
+        let begun = std::time::Instant::now();
+        let quiet = global.quiet || global.json;
+        let progress = move |progress: store::ReindexProgress| {
+            let mut told = told
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let now = begun.elapsed();
+            if !quiet && now - *told >= TELL {
+                *told = now;
+                output::note(format!(
+                    "{}: {} of {}",
+                    progress.step, progress.done, progress.of
+                ));
+            }
+        };
+        let report = store::reindex_at(&config.location, &config.store, progress).await?;
+        if global.json {
+            output::json(&json!({
+                "objects": report.objects,
+                "bytes": report.bytes,
+                "smallBlobs": report.small_blobs,
+                "repositories": report.repositories,
+                "manifests": report.manifests,
+                "tags": report.tags,
+                "newest": report.newest.map(time),
+                "problems": report.problems,
+            }))?;
+        } else {
+            for problem in &report.problems {
+                output::line(format!("lost: {problem}"));
+            }
+            output::line(format!(
+                "{} repositories, {} manifests, {} tags and {} blobs ({} read) are found again, {} problems",
+                report.repositories,
+                report.manifests,
+                report.tags,
+                report.objects + report.small_blobs,
+                output::bytes(report.bytes),
+                report.problems.len()
+            ));
+            if let Some(newest) = report.newest {
+                output::line(format!(
+                    "the newest change that was found is of {}",
+                    time(newest)
+                ));
+            }
+        }
+        Ok(clean(&report.problems))
+    }
 }
 
 fn clean(problems: &[String]) -> Exit {
@@ -255,3 +344,6 @@ fn time(at: Timestamp) -> String {
         .unwrap_or_default()
         .to_string()
 }
+
+/// How often progress is told.
+const TELL: std::time::Duration = std::time::Duration::from_secs(5);

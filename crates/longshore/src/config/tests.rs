@@ -248,3 +248,35 @@ fn a_backup_needs_a_place() {
         assert!(message.contains(wanted), "{message}");
     }
 }
+
+#[test]
+fn quotas_and_what_is_kept_of_reports() {
+    let config = load("version: 1", &[]).unwrap();
+    assert_eq!(config.store.quota, None);
+    assert_eq!(config.store.pull_retention, Duration::from_hours(24 * 90));
+    let days = Duration::from_hours(24 * 400);
+    assert_eq!(config.store.attempt_retention, Some(days));
+    let config = load(
+        "version: 1\nserver: {metric_repositories: 7}\nstorage: {quota: 2TiB, pull_statistics: off}\nattempts: {retention: forever}\n",
+        &[],
+    )
+    .unwrap();
+    assert_eq!(config.store.quota, Some(2 << 40));
+    assert_eq!(config.store.pull_retention, Duration::ZERO);
+    assert_eq!(config.store.attempt_retention, None);
+    assert_eq!(config.metric_repositories, Some(7));
+    let config = load("version: 1", &[("LONGSHORE_ATTEMPTS__RETENTION", "30d")]).unwrap();
+    let days = Duration::from_hours(24 * 30);
+    assert_eq!(config.store.attempt_retention, Some(days));
+    for (text, key) in [
+        ("storage: {quota: lots}", "storage.quota"),
+        (
+            "storage: {pull_statistics: never}",
+            "storage.pull_statistics",
+        ),
+        ("attempts: {retention: never}", "attempts.retention"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\n{text}\n"), &[]);
+        assert!(message.contains(key), "{message}");
+    }
+}

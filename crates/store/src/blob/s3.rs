@@ -7,6 +7,7 @@
 
 pub(crate) mod credentials;
 mod failure;
+mod file;
 mod read;
 
 use std::fmt::Write as _;

@@ -26,6 +26,13 @@ pub struct DryRun {
     pub next: Option<String>,
 }
 
+impl DryRun {
+    /// Tells whether a text can be a cursor.
+    pub fn is_cursor(text: &str) -> bool {
+        Position::parse(text).is_some()
+    }
+}
+
 /// Something that would be deleted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DryRunItem {

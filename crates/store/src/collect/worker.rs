@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::candidate::{Look, Outcome, Rules};
 use super::outbox;
-use super::queue::{self, Candidate, Claim, Kind, QueueLength};
+use super::queue::{self, Candidate, Claim, Kind, QueueLag, QueueLength};
+use super::settings::Window;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -78,6 +79,10 @@ pub struct CollectionStatus {
     pub enabled: bool,
     /// It may look at candidates now: it is on and the window is open.
     pub open: bool,
+    /// The time of the day in which it looks; `None`: always.
+    pub window: Option<Window>,
+    /// Candidates in a second, at most.
+    pub rate: u32,
     /// The queue, one entry for each kind.
     pub queue: Vec<QueueLength>,
     /// The outbox.
@@ -112,10 +117,21 @@ impl Store {
         Ok(CollectionStatus {
             enabled: inner.options.gc.enabled,
             open: inner.options.gc.is_open(now),
+            window: inner.options.gc.window,
+            rate: inner.options.gc.rate,
             queue: queue::lengths(&inner.db, now).await?,
             outbox: outbox::length(&inner.db, now).await?,
             since_start: self.collection_totals(),
         })
+    }
+
+    /// How far the collector is behind, for gauges.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn collection_lag(&self) -> Result<Vec<QueueLag>, Error> {
+        let inner = &self.0;
+        queue::lags(&inner.db, inner.clock.now()).await
     }
 
     /// What this process collected since it started. Costs nothing.

@@ -53,6 +53,23 @@ impl Postgres {
         })
     }
 
+    /// Connects without changing anything.
+    pub(super) async fn look(
+        url: &str,
+        migrations: &'static [Migration],
+        context: Context,
+    ) -> Result<Self, Error> {
+        let pool = Arc::new(Pool::new(url, LOOKERS, Arc::clone(&context.clock))?);
+        let session = pool.take().await?;
+        super::migration::check_postgres(&session.client, migrations).await?;
+        pool.give_back(session);
+        Ok(Self {
+            pool,
+            context,
+            stopped: watch::channel(false).0,
+        })
+    }
+
     /// Runs a transaction in a task of its own, so that it ends even when its caller goes away.
     pub(super) async fn write<B: Body>(&self, body: B) -> Result<B::Output, Error> {
         let pool = Arc::clone(&self.pool);
@@ -362,6 +379,8 @@ pub(super) fn map(error: tokio_postgres::Error) -> Error {
     Failure::from(error).error(None)
 }
 
+/// Connections of a program that only looks.
+const LOOKERS: usize = 4;
 const MAX_ATTEMPTS: u64 = 10;
 /// Attempts to read while connections are lost.
 const MAX_READS: u64 = 6;

@@ -89,13 +89,12 @@ impl Source {
     /// One moment of the source.
     pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
         match &self.db {
-            Reading::Open(db) => match db.snapshot().await? {
-                Some(tx) => Ok(tx),
-                None => {
-                    let root = self.root.clone().ok_or(Error::Stopped)?;
-                    beside(&root).await
+            Reading::Open(db) => {
+                if let Some(tx) = db.snapshot().await? {
+                    return Ok(tx);
                 }
-            },
+                beside(self.root.as_deref().ok_or(Error::Stopped)?).await
+            }
             Reading::Beside(root) => beside(root).await,
         }
     }

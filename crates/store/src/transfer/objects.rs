@@ -236,16 +236,12 @@ async fn send_parts(s3: &S3, object: &Wanted, id: &str, reader: &mut Reader) -> 
     while !ended {
         let (mut chunks, mut length) = (Vec::new(), 0);
         while length < part {
-            match reader.next().await? {
-                Some(chunk) => {
-                    length += chunk.len() as u64;
-                    chunks.push(chunk);
-                }
-                None => {
-                    ended = true;
-                    break;
-                }
-            }
+            let Some(chunk) = reader.next().await? else {
+                ended = true;
+                break;
+            };
+            length += chunk.len() as u64;
+            chunks.push(chunk);
         }
         if chunks.is_empty() {
             break;
@@ -408,20 +404,19 @@ pub(crate) async fn verify(
                 continue;
             }
             let digest = row.digest(at.digest)?;
-            match row.opt_text(at.key)? {
-                Some(key) => wanted.push(Wanted {
+            if let Some(key) = row.opt_text(at.key)? {
+                wanted.push(Wanted {
                     id: row.i64(at.id)?,
                     digest,
                     size: row.u64(at.size)?,
                     key: StorageKey::parse(&key)?,
-                }),
-                None => {
-                    let body = row.opt_bytes(at.body)?.unwrap_or_default();
-                    if !digest.matches(&body) {
-                        report
-                            .problems
-                            .push(format!("the bytes of blob `{digest}` are damaged"));
-                    }
+                });
+            } else {
+                let body = row.opt_bytes(at.body)?.unwrap_or_default();
+                if !digest.matches(&body) {
+                    report
+                        .problems
+                        .push(format!("the bytes of blob `{digest}` are damaged"));
                 }
             }
         }

@@ -726,6 +726,8 @@ async fn nothing_is_left(store: &Store) {
     );
     assert_eq!(store.namespace_usage("gc").await.unwrap(), (0, 0));
     assert!(store.repositories(None, 10).await.unwrap().is_empty());
+    let lags = store.collection_lag().await.unwrap();
+    assert!(lags.iter().all(|lag| lag.due == 0 && lag.oldest.is_none()));
     let status = store.collection_status().await.unwrap();
     assert!(
         status.queue.iter().all(|length| length.waiting == 0),

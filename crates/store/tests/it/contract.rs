@@ -86,6 +86,9 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     ] {
         collection::keeps_the_contract(&engine.store).await;
     }
+    for engine in [sqlite(options()).await, postgres(options()).await] {
+        crate::reindex::contract(&engine).await;
+    }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()
         .filter(|(_, sqlite, postgres)| !sqlite || !postgres)

@@ -3,6 +3,10 @@
 #[cfg(test)]
 mod backup;
 #[cfg(test)]
+mod backup_kill;
+#[cfg(test)]
+mod cluster;
+#[cfg(test)]
 mod collection;
 #[cfg(test)]
 mod contract;
@@ -13,6 +17,8 @@ mod engine;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod kill_transfer;
+#[cfg(test)]
 mod modes;
 #[cfg(test)]
 mod object_store;
@@ -20,6 +26,10 @@ mod object_store;
 mod object_store_faults;
 #[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod recovery;
+#[cfg(test)]
+mod reindex;
 #[cfg(test)]
 mod reports;
 #[cfg(test)]

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci::Glob;
+use oci::{Digest, Glob, RepositoryName};
 use store::{
-    Error, EventKind, Expected, Keep, Options, Policy, PutManifest, Retention, Store, Verdict,
+    Error, EventKind, Expected, ExpectedPins, Keep, Options, Pin, Policy, PutManifest, Retention,
+    Store, Verdict,
 };
 
 use crate::engine::{
@@ -91,14 +92,7 @@ pub(crate) async fn what_no_rule_keeps_is_removed_and_can_be_put_back(engine: &E
             engine.digest_literal(&digest(2))
         ))
         .await;
-    engine
-        .change(&format!(
-            "INSERT INTO pin (holder, repository_id, digest, manifest_id, reason, created_at, created_by) \
-             SELECT 'agent:host1', m.repository_id, m.digest, m.id, 'deployed', 1, 'user:alice' \
-             FROM manifest m WHERE m.digest = {}",
-            engine.digest_literal(&digest(1))
-        ))
-        .await;
+    pin(store, "host1", &repository, &digest(1)).await;
     // Of no policy, and of one that keeps everything.
     for other in ["other/app", "keep/all"] {
         push_image(store, &name(other), 2000, &["old", "older"]).await;
@@ -176,6 +170,7 @@ pub(crate) async fn what_no_rule_keeps_is_removed_and_can_be_put_back(engine: &E
         assert!(history[0].digest.is_none());
     }
     assert_eq!(store.tags(&repository, None, 100).await.unwrap().len(), 7);
+    store.seal().await.unwrap();
     let events = store.events_after(before, 100).await.unwrap();
     assert_eq!(
         events
@@ -270,9 +265,10 @@ pub(crate) async fn what_no_rule_keeps_is_removed_and_can_be_put_back(engine: &E
         lost.problem
             .is_some_and(|problem| problem.contains("is gone"))
     );
-    engine
-        .change("DELETE FROM pin WHERE holder = 'agent:host1'")
-        .await;
+    store
+        .remove_pins("host1", ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
 }
 
 /// What moved or was pinned between the plan and the removal stays.
@@ -303,14 +299,7 @@ pub(crate) async fn what_moved_after_the_plan_stays(engine: &Engine) {
     put(store, &repository, &other, &["newer-2201"])
         .await
         .unwrap();
-    engine
-        .change(&format!(
-            "INSERT INTO pin (holder, repository_id, digest, manifest_id, reason, created_at, created_by) \
-             SELECT 'agent:host2', m.repository_id, m.digest, m.id, 'deployed', 1, 'user:alice' \
-             FROM manifest m WHERE m.digest = {}",
-            engine.digest_literal(&described(&view).digest)
-        ))
-        .await;
+    pin(store, "host2", &repository, &described(&view).digest).await;
     store.remove_planned(plan.id, &repository).await.unwrap();
     assert_eq!(
         store.tags(&repository, None, 100).await.unwrap(),
@@ -341,9 +330,10 @@ pub(crate) async fn what_moved_after_the_plan_stays(engine: &Engine) {
             ("pinned", "it was pinned after the plan"),
         ]
     );
-    engine
-        .change("DELETE FROM pin WHERE holder = 'agent:host2'")
-        .await;
+    store
+        .remove_pins("host2", ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
 }
 
 /// Runs come by the clock, one for all replicas, and old ones are forgotten.
@@ -421,6 +411,19 @@ pub(crate) async fn many_tags_are_walked_in_pages(store: &Store) {
         .await
         .unwrap();
     assert!(verdict.unwrap().keeps);
+}
+
+async fn pin(store: &Store, holder: &str, repository: &RepositoryName, digest: &Digest) {
+    let pin = Pin {
+        repository: repository.clone(),
+        digest: digest.clone(),
+        reason: "deployed".to_owned(),
+        expires: None,
+    };
+    store
+        .set_pins(holder, vec![pin], ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
 }
 
 async fn ended(store: &Store, run: i64) -> store::RetentionRun {
