@@ -32,6 +32,8 @@ pub enum Fault {
     Flip(u64),
     /// The store gets so many bytes of the request's body, then the connection ends.
     CutRequest(u64),
+    /// One bit of the request's body at this offset is another; the sums that its head tells stay as they are.
+    FlipRequest(u64),
     /// The conditions of the request (`If-Match`, `If-None-Match`) are taken out and it is signed anew, as
     /// by a store that does not know them.
     IgnoreConditions,
@@ -184,7 +186,7 @@ impl Faults {
         while let Some(mut request) = Head::read(&mut reader)? {
             let faults = self.note(&request.line());
             let mut length = request.length();
-            let mut after = None;
+            let (mut after, mut flip) = (None, None);
             for fault in faults {
                 match fault {
                     Fault::Refuse => return Ok(()),
@@ -198,6 +200,7 @@ impl Faults {
                         return refuse(client, status);
                     }
                     Fault::IgnoreConditions => request.without_conditions(),
+                    Fault::FlipRequest(at) => flip = Some(at),
                     Fault::CutRequest(bytes) => {
                         length = length.min(bytes);
                         after = Some(Fault::CutRequest(bytes));
@@ -210,6 +213,13 @@ impl Faults {
             server.set_nodelay(true)?;
             let mut out = &server;
             out.write_all(request.text().as_bytes())?;
+            if let Some(at) = flip.filter(|at| *at < length) {
+                std::io::copy(&mut reader.by_ref().take(at), &mut out)?;
+                let mut byte = [0];
+                reader.read_exact(&mut byte)?;
+                out.write_all(&[byte[0] ^ 1])?;
+                length -= at + 1;
+            }
             std::io::copy(&mut reader.by_ref().take(length), &mut out)?;
             if matches!(after, Some(Fault::CutRequest(_))) {
                 return server.shutdown(Shutdown::Both);

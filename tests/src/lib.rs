@@ -33,6 +33,7 @@ pub mod scratch;
 pub mod server;
 pub mod sigv4;
 pub mod tools;
+pub mod wire;
 
 pub use agent::Agent;
 pub use cluster::Cluster;

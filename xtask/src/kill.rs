@@ -41,6 +41,9 @@ pub(crate) struct Options {
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
+    /// Test this program instead of building it; it must be built with `longshore/failpoints`.
+    #[arg(long)]
+    program: Option<PathBuf>,
     /// Repeats a run.
     #[arg(long)]
     seed: Option<u64>,
@@ -80,7 +83,7 @@ const LIVES: u64 = 20;
 
 /// Runs it; `false` when something was lost.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
-    let program = shell::build(false, &["store/failpoints"])?;
+    let program = shell::program(options.program.as_deref(), false, &["longshore/failpoints"])?;
     let names = shell::read(shell::command(&program).arg("failpoints"))?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     let mut random = Random(seed);
@@ -490,9 +493,4 @@ fn one_life(
         .collect();
     let checked = known.check(&urls)?;
     Ok((known, checked))
-}
-
-/// The program to test, built once.
-pub(crate) fn program(release: bool) -> anyhow::Result<PathBuf> {
-    shell::build(release, &[])
 }

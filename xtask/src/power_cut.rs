@@ -36,6 +36,9 @@ pub(crate) struct Options {
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
+    /// Test this program instead of building it.
+    #[arg(long)]
+    program: Option<PathBuf>,
     /// Repeats a run.
     #[arg(long)]
     seed: Option<u64>,
@@ -55,7 +58,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         shell::find(program)
             .with_context(|| format!("`{program}` is not here: install e2fsprogs and mount"))?;
     }
-    let program = kill::program(false)?;
+    let program = shell::program(options.program.as_deref(), false, &[])?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     println!("seed {seed}");
     let mut random = Random(seed);

@@ -79,6 +79,18 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
+/// The program to test: this one, or one that is built now.
+pub(crate) fn program(
+    given: Option<&Path>,
+    release: bool,
+    features: &[&str],
+) -> anyhow::Result<PathBuf> {
+    match given {
+        Some(path) => Ok(std::path::absolute(path)?),
+        None => build(release, features),
+    }
+}
+
 /// Builds the program and gives back where it is.
 ///
 /// A build with test switches shares everything with the other one but what the switches change, and is put into

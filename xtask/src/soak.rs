@@ -9,6 +9,7 @@ mod model;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -36,14 +37,17 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3)]
     replicas: usize,
     /// How many clients at once.
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 24)]
     workers: u64,
     /// The lease in milliseconds; what a HEAD promises is half of it.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 2000)]
     lease: u64,
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
+    /// Test this program instead of building it; it must be built with `longshore/failpoints`.
+    #[arg(long)]
+    program: Option<PathBuf>,
     /// Repeats what the clients choose.
     #[arg(long)]
     seed: Option<u64>,
@@ -57,24 +61,32 @@ pub(crate) struct Options {
 
 /// The switches of a build with failpoints: how long a lease is, and the planted bug.
 const LEASE: &str = "LONGSHORE_TEST_LEASE";
-const PLANT: &str = "LONGSHORE_TEST_NO_RENEWAL";
+const BUG: &str = "LONGSHORE_TEST_BUG";
+
+/// What the servers are told besides: what was deleted goes at once, and what refers to nothing goes soon.
+const CONFIG: &str =
+    "version: 1\nlog: {level: warn}\ngc: {keep_deleted: 1s, orphan_referrers: 1s}\n";
 
 /// Bodies up to this length stay in the row of the blob; the soak pushes none that is near it.
 const IN_ROW: usize = 10_000;
 
 /// Runs it; `false` when something was wrong, or when a planted bug was not found.
 pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
-    let program = shell::build(options.release, &["store/failpoints"])?;
+    let program = shell::program(
+        options.program.as_deref(),
+        options.release,
+        &["longshore/failpoints"],
+    )?;
     let seed = options.seed.unwrap_or_else(Random::seed);
     println!("seed {seed}");
     let world = World::start(&program, options.mode, options.store)?;
     let site = world.site()?;
     let mut settings = site
         .options()
-        .config("version: 1\nlog: {level: warn}\n")
+        .config(CONFIG)
         .env(LEASE, &format!("{}ms", options.lease));
     if options.plant {
-        settings = settings.env(PLANT, "1");
+        settings = settings.env(BUG, "no-renewal");
     }
     let servers = site.servers(&settings, options.replicas)?;
     let urls = servers
@@ -113,6 +125,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         looked.iter().sum::<u64>()
     );
     report.wrong.extend(read.wrong);
+    each(&mut workers, |worker| worker.adopt().map(|()| 0))?;
     for referenced in [true, false] {
         if !referenced {
             each(&mut workers, |worker| worker.delete_all().map(|()| 0))?;
@@ -433,7 +446,7 @@ fn settle(world: &World, site: &Site, wanted: &Size, lease: Duration) -> anyhow:
         if stored == *wanted {
             return Ok(start.elapsed());
         }
-        if start.elapsed() > lease * 20 + Duration::from_mins(1) {
+        if start.elapsed() > lease * 10 + Duration::from_secs(30) {
             bail!("{wanted} are referenced, {stored} are stored");
         }
         std::thread::sleep(Duration::from_millis(500));

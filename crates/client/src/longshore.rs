@@ -1,9 +1,9 @@
-//! Our own registry's API: the event stream.
+//! Our own registry's API: the event stream here, the rest in [`api`].
 //!
 //! Events are hints. Whoever reads them resolves and verifies by itself, so an event that cannot be
 //! understood only moves the position.
 
-mod api;
+pub mod api;
 mod sse;
 
 use std::collections::VecDeque;

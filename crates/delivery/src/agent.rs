@@ -13,6 +13,7 @@ use crate::control::server::{self, Directory, Entry};
 use crate::control::{Refusal, RefusalKind};
 use crate::engine::Engine;
 use crate::release::EngineKind;
+use crate::reporter::{self, Reporter};
 use crate::runner::disk::Paths;
 use crate::runner::source::{Source, Sources, chain};
 use crate::runner::{Message, Runner, Setup, refusal};
@@ -176,6 +177,9 @@ struct Crew {
 /// One target's runner.
 struct Member {
     entry: Entry,
+    reporter: reporter::Handle,
+    /// Stops the task that brings reports to the registry.
+    unreport: CancellationToken,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
@@ -221,6 +225,7 @@ impl Crew {
             // What it ran goes on running: taking a line out of a file must not stop a service.
             if let Some(member) = self.targets.remove(&name) {
                 member.stop.cancel();
+                member.unreport.cancel();
                 let _ = member.task.await;
                 tracing::info!(
                     target_name = name,
@@ -233,7 +238,8 @@ impl Crew {
             if let Some(member) = self.targets.get_mut(&target.name) {
                 let target = Arc::new(target.clone());
                 member.entry.target = target.clone();
-                let setup = setup(&self.engines, &config, target, &source);
+                let reporter = member.reporter.clone();
+                let setup = setup(&self.engines, &config, target, &source, reporter);
                 let _ = member
                     .entry
                     .handle
@@ -265,7 +271,14 @@ impl Crew {
         let target = Arc::new(target.clone());
         let paths = Paths::new(&self.state, &target.name);
         let up = self.stream(&target.reference.host).up.subscribe();
-        let setup = setup(&self.engines, config, target.clone(), source);
+        let reporter = reporter::Handle::new();
+        let setup = setup(
+            &self.engines,
+            config,
+            target.clone(),
+            source,
+            reporter.clone(),
+        );
         let (runner, handle) =
             Runner::open(setup, paths, self.clock.clone(), up).map_err(|source| {
                 AgentError::Target {
@@ -277,7 +290,14 @@ impl Crew {
         let task = self.tasks.spawn(runner.run(stop.clone()));
         let name = target.name.clone();
         let entry = Entry { target, handle };
-        self.targets.insert(name, Member { entry, stop, task });
+        let member = Member {
+            entry,
+            reporter,
+            unreport: CancellationToken::new(),
+            stop,
+            task,
+        };
+        self.targets.insert(name, member);
         Ok(())
     }
 
@@ -292,6 +312,7 @@ impl Crew {
 
     /// Tells the socket who is here, and starts the streams anew with their listeners.
     fn rewire(&mut self, config: &AgentConfig) {
+        self.report(config);
         let entries = self
             .targets
             .iter()
@@ -336,6 +357,42 @@ impl Crew {
         }
     }
 
+    /// Starts the reporters anew, with the settings as they are now.
+    fn report(&mut self, config: &AgentConfig) {
+        let reports = if config.report {
+            self.sources
+                .reports(&config.client)
+                .unwrap_or_else(|error| {
+                    tracing::warn!(error, "no registry is told what runs here");
+                    None
+                })
+        } else {
+            None
+        };
+        for member in self.targets.values_mut() {
+            member.unreport.cancel();
+            let target = member.entry.target.clone();
+            // Where one registry is named, no other is told anything.
+            let is_meant = config
+                .registry
+                .as_ref()
+                .is_none_or(|registry| *registry == target.reference.host);
+            let Some(reports) = reports.clone().filter(|_| is_meant) else {
+                continue;
+            };
+            member.unreport = self.shutdown.child_token();
+            let reporter = Reporter {
+                reports,
+                target,
+                paths: member.entry.handle.paths.clone(),
+                holder: config.holder.clone(),
+                clock: self.clock.clone(),
+                handle: member.reporter.clone(),
+            };
+            self.tasks.spawn(reporter.run(member.unreport.clone()));
+        }
+    }
+
     /// Waits for everybody, then takes the socket away.
     async fn stop(self, socket: &Path) {
         self.tasks.close();
@@ -349,6 +406,7 @@ fn setup(
     config: &AgentConfig,
     target: Arc<Target>,
     source: &Arc<dyn Source>,
+    reporter: reporter::Handle,
 ) -> Setup {
     Setup {
         engine: engines.find(target.engine),
@@ -356,6 +414,7 @@ fn setup(
         source: source.clone(),
         poll: config.poll,
         safety_poll: config.safety_poll,
+        reporter,
     }
 }
 

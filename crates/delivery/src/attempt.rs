@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -208,11 +208,119 @@ impl Ledger {
         Ok(())
     }
 
+    /// Its whole records in bytes, all of them on the disk.
+    pub fn length(&self) -> u64 {
+        self.bytes
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
+
+/// A piece of a ledger, to be sent elsewhere.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// Its lines.
+    pub records: Vec<serde_json::Value>,
+    /// The hash of the last one.
+    pub hash: Option<String>,
+    /// Where the last one begins, in bytes.
+    pub begin: u64,
+    /// Where the last one ends.
+    pub end: Option<u64>,
+}
+
+/// Reads lines from a place where one begins, as many as are sent at once, and nothing beyond `length` bytes of the ledger.
+///
+/// # Errors
+/// When the file cannot be read, or holds something else there.
+pub fn read_batch(path: &Path, from: u64, length: u64) -> io::Result<Batch> {
+    let mut batch = Batch::default();
+    let mut bytes = 0;
+    each_line(path, from, length, &mut |begin, line| {
+        bytes += line.len();
+        if !batch.records.is_empty() && bytes > BATCH_BYTES {
+            return Ok(false);
+        }
+        let record: serde_json::Value = serde_json::from_slice(line).map_err(io::Error::other)?;
+        batch.hash = Some(hash_of(&record).ok_or_else(|| io::Error::other("a line has no hash"))?);
+        batch.begin = begin;
+        batch.end = Some(begin + line.len() as u64);
+        batch.records.push(record);
+        Ok(batch.records.len() < BATCH_RECORDS)
+    })?;
+    Ok(batch)
+}
+
+/// Where the record with this hash begins and ends, in bytes.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn find(path: &Path, hash: &str, length: u64) -> io::Result<Option<(u64, u64)>> {
+    let mut found = None;
+    each_line(path, 0, length, &mut |begin, line| {
+        // The hash as it stands in the line; only a line that holds it is parsed.
+        let may_be = line
+            .windows(hash.len().max(1))
+            .any(|part| part == hash.as_bytes());
+        if may_be
+            && let Ok(record) = serde_json::from_slice(line)
+            && hash_of(&record).as_deref() == Some(hash)
+        {
+            found = Some((begin, begin + line.len() as u64));
+        }
+        Ok(found.is_none())
+    })?;
+    Ok(found)
+}
+
+/// The hash of the record between two places, if there is one.
+pub fn hash_at(path: &Path, begin: u64, end: u64) -> Option<String> {
+    let mut hash = None;
+    each_line(path, begin, end, &mut |_, line| {
+        hash = serde_json::from_slice(line).ok().as_ref().and_then(hash_of);
+        Ok(true)
+    })
+    .ok()?;
+    hash
+}
+
+fn hash_of(record: &serde_json::Value) -> Option<String> {
+    record.get("hash")?.as_str().map(str::to_owned)
+}
+
+/// Hands out lines with their newlines and where they begin, until `each` says `false`. A missing ledger is empty.
+fn each_line(
+    path: &Path,
+    from: u64,
+    length: u64,
+    each: &mut dyn FnMut(u64, &[u8]) -> io::Result<bool>,
+) -> io::Result<()> {
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    file.seek(io::SeekFrom::Start(from))?;
+    let mut reader = BufReader::new(file.take(length.saturating_sub(from)));
+    let (mut at, mut line) = (from, Vec::new());
+    loop {
+        line.clear();
+        let read = (&mut reader)
+            .take(oci::record::MAX_LINE as u64 + 1)
+            .read_until(b'\n', &mut line)?;
+        if read == 0 || !line.ends_with(b"\n") || !each(at, &line)? {
+            return Ok(());
+        }
+        at += read as u64;
+    }
+}
+
+/// What is sent at once: a batch is answered before the next one.
+const BATCH_RECORDS: usize = 200;
+const BATCH_BYTES: usize = 2 << 20;
 
 /// Checks a ledger's chain from its first record to its last and gives their number. A torn last line is no error.
 ///

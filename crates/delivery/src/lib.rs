@@ -7,7 +7,8 @@
 //!
 //! The walk of a deployment: [`trigger`] (a hint, which names nothing that a target does not) → [`machine`] → fetch and
 //! verdict → [`engine`] (plan, pull, apply) → [`observe`] → [`attempt`] (the ledger) → good, or back to the last good release.
-//! People look at it and give orders through [`control`], a socket on this machine.
+//! People look at it and give orders through [`control`], a socket on this machine; the registry is told of it by
+//! [`reporter`].
 //!
 //! What it does not do: it opens no port, it does not undo what a release did to data (volumes, databases), and it does
 //! not repair what fails later in a release that was good; it says so, at every look.
@@ -19,6 +20,7 @@ pub mod engine;
 pub mod machine;
 pub mod observe;
 pub mod release;
+pub mod reporter;
 pub mod runner;
 pub mod target;
 pub mod trigger;

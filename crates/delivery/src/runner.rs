@@ -23,6 +23,7 @@ use crate::control::{HealthStatus, PlanReport, Refusal, RefusalKind, StepReport,
 use crate::engine::{BoxFuture, Engine, Plan};
 use crate::machine::{Context, Event, Failure, Phase, State, Step, Trigger};
 use crate::release::FetchedRelease;
+use crate::reporter;
 use crate::target::Target;
 
 pub mod clock;
@@ -49,6 +50,8 @@ pub struct Setup {
     pub poll: Duration,
     /// How often nevertheless while one is.
     pub safety_poll: Duration,
+    /// Where it says what the registry is to be told.
+    pub reporter: reporter::Handle,
 }
 
 /// What a runner is told.
@@ -191,6 +194,7 @@ impl Runner {
 
     /// Runs until `shutdown` is cancelled. What was going on then is resumed by the next runner.
     pub async fn run(mut self, shutdown: CancellationToken) {
+        self.setup.reporter.wrote(self.ledger.length());
         self.record_interruption();
         self.transition(&Event::Started);
         let mut first_look = true;

@@ -2,14 +2,23 @@
 
 pub(crate) mod agent;
 mod artifact;
+mod backup;
 mod completions;
+mod explain;
 mod export;
+mod gc;
 mod import;
 mod login;
+mod migrate;
 mod mode;
+mod pin;
 pub(crate) mod proof;
+mod quota;
 mod release;
+mod retention;
+mod scrub;
 mod server;
+mod storage;
 
 use std::path::PathBuf;
 
@@ -38,12 +47,15 @@ impl Cli {
         match self.command {
             Command::Agent(command) => command.run(&global).await,
             Command::Audit(command) => command.run(&global).await,
+            Command::Backup(command) => command.run(&global).await,
             Command::Completions(command) => Ok(command.run()),
             Command::Copy(command) => command.run(&global).await,
             Command::Demo(command) => crate::demo::run(command, &global).await,
             Command::DemoService(command) => crate::demo_service::run(command).await,
+            Command::Explain(command) => command.run(&global).await,
             Command::Export(command) => command.run(&global).await,
             Command::Failpoints => Ok(server::failpoints()),
+            Command::Gc(command) => command.run(&global).await,
             Command::Import(command) => command.run(&global).await,
             Command::Inspect(command) => command.run(&global).await,
             Command::Key(command) => command.run(&global),
@@ -51,12 +63,20 @@ impl Cli {
             Command::Logout(command) => command.run(&global),
             Command::Ls(command) => command.run(&global).await,
             Command::Mode(command) => command.run(&global).await,
+            Command::Pin(command) => command.run(&global).await,
+            Command::Migrate(command) => command.run(&global).await,
             Command::Pull(command) => command.run(&global).await,
             Command::Push(command) => command.run(&global).await,
+            Command::Quota(command) => command.run(&global).await,
             Command::Release(command) => command.run(&global).await,
+            Command::Reindex(command) => command.run(&global).await,
+            Command::Restore(command) => command.run(&global).await,
+            Command::Retention(command) => command.run(&global).await,
             Command::Rm(command) => command.run(&global).await,
+            Command::Scrub(command) => command.run(&global).await,
             Command::Serve(command) => command.run().await,
             Command::Sign(command) => command.run(&global).await,
+            Command::Storage(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
             Command::Up(command) => crate::up::run(command).await,
             Command::Verify(command) => command.run(&global).await,
@@ -116,9 +136,16 @@ impl Global {
     }
 }
 
-/// The registry that a command operates: `host[:port]`, by default the one on this machine.
+/// The registry that a command operates: `host[:port]`, by default that of `LONGSHORE_REGISTRY`, else the one on this
+/// machine.
 pub(super) fn operated(text: Option<&str>) -> anyhow::Result<String> {
-    login::host(text.unwrap_or("127.0.0.1:5050"))
+    let named = std::env::var("LONGSHORE_REGISTRY").unwrap_or_default();
+    let default = if named.is_empty() {
+        "127.0.0.1:5050"
+    } else {
+        &named
+    };
+    login::host(text.unwrap_or(default))
 }
 
 #[derive(Debug, Subcommand)]
@@ -151,8 +178,20 @@ enum Command {
     Inspect(artifact::Inspect),
     /// Give an artifact more tags.
     Tag(artifact::Tag),
-    /// Delete a tag, or a manifest by digest.
+    /// Delete a tag, a manifest by digest, or a whole repository.
     Rm(artifact::Rm),
+    /// Explain why something is kept, and until when.
+    Explain(explain::Explain),
+    /// Look at the garbage collector.
+    Gc(gc::Gc),
+    /// Keep manifests from deletion.
+    #[command(subcommand)]
+    Pin(pin::Pin),
+    /// Show what a registry stores, and for whom.
+    Storage(storage::Storage),
+    /// How much a namespace may store.
+    #[command(subcommand)]
+    Quota(quota::Quota),
     /// Make signing keys.
     #[command(subcommand)]
     Key(proof::Key),
@@ -160,14 +199,28 @@ enum Command {
     Sign(proof::Sign),
     /// Verify the signatures of an artifact.
     Verify(proof::Verify),
+    /// Decide which tags are kept: plan, run, undo.
+    #[command(subcommand)]
+    Retention(retention::Retention),
+    /// Read everything again and compare it with its digest.
+    #[command(subcommand)]
+    Scrub(scrub::Scrub),
     /// Show or set whether a registry takes writes.
     Mode(mode::Mode),
     /// Bring in what another registry holds: its storage directory, OCI layouts, or over the wire.
     Import(import::Import),
     /// Write repositories into a directory of OCI layouts.
     Export(export::Export),
+    /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
+    Migrate(migrate::Migrate),
     /// Check every row of a data directory against every object and digest.
     VerifyStore(server::VerifyStore),
+    /// Make one full backup of a data directory, also beside its running server, or look at backups.
+    Backup(backup::Backup),
+    /// Restore a data directory from a backup.
+    Restore(backup::Restore),
+    /// Make a new database from objects and exports, when the old one is lost.
+    Reindex(backup::Reindex),
     /// The audit record.
     #[command(subcommand)]
     Audit(server::Audit),

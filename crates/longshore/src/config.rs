@@ -3,7 +3,10 @@
 //! Two steps: [`Raw`] is what was written; [`Config`] is what it means and cannot be invalid. A key
 //! from the environment is named by its path: `LONGSHORE_SERVER__LISTEN` is `server.listen`.
 
+mod backup;
 mod gc;
+mod redirect;
+mod retention;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,8 +38,14 @@ pub(crate) struct Config {
     pub(crate) drain: Option<Duration>,
     /// Where metadata and blobs are.
     pub(crate) location: Location,
+    /// How many of the largest repositories `/metrics` names.
+    pub(crate) metric_repositories: Option<usize>,
+    /// Which pulls are sent to the object store.
+    pub(crate) redirect: Option<registry::Redirect>,
     /// Settings of the store.
     pub(crate) store: store::Options,
+    /// The continuous backup.
+    pub(crate) backup: Option<store::BackupOptions>,
     /// The htpasswd file. Without it everyone on this machine may read and write.
     pub(crate) htpasswd: Option<PathBuf>,
     /// Who may do what.
@@ -63,23 +72,9 @@ impl Config {
             }
             None => Raw::default(),
         };
-        let environment: Vec<(String, String)> = environment.into_iter().collect();
-        let raw = raw.overlay(environment.iter().cloned())?;
-        #[cfg_attr(
-            not(feature = "failpoints"),
-            expect(unused_mut, reason = "only a test build changes it")
-        )]
-        let mut config = raw
-            .check(data, listen)
-            .map_err(|error| config_error(file, error))?;
-        #[cfg(feature = "failpoints")]
-        {
-            let lease = environment
-                .iter()
-                .find(|(name, _)| name == "LONGSHORE_TEST_LEASE");
-            gc::test_lease(&mut config.store, lease.map(|(_, text)| text.as_str()))?;
-        }
-        Ok(config)
+        let raw = raw.overlay(environment)?;
+        raw.check(data, listen)
+            .map_err(|error| config_error(file, error))
     }
 }
 
@@ -136,8 +131,12 @@ struct Raw {
     storage: Storage,
     auth: Auth,
     access: Option<Vec<Rule>>,
+    attempts: Attempts,
     events: Events,
     gc: gc::Gc,
+    retention: retention::Retention,
+    scrub: retention::Scrub,
+    backup: backup::Backup,
     log: Option<Log>,
 }
 
@@ -149,6 +148,7 @@ struct Server {
     tls: Option<Tls>,
     limits: Limits,
     drain: Option<String>,
+    metric_repositories: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -189,10 +189,13 @@ struct Storage {
     database_connections: Option<usize>,
     objects: Option<String>,
     s3: S3,
+    redirect: redirect::Redirect,
     allow_sparse: bool,
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
+    quota: Option<Size>,
+    pull_statistics: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -218,6 +221,12 @@ impl std::fmt::Debug for Hidden {
 #[serde(deny_unknown_fields, default)]
 struct Auth {
     htpasswd: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Attempts {
+    retention: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -336,12 +345,34 @@ impl Raw {
             }
             options.database_connections = connections;
         }
+        options.quota = self
+            .storage
+            .quota
+            .as_ref()
+            .map(|size| bytes("storage.quota", size))
+            .transpose()?;
+        match self.storage.pull_statistics.as_deref() {
+            None => {}
+            Some("off") => options.pull_retention = Duration::ZERO,
+            Some(text) => options.pull_retention = period("storage.pull_statistics", text)?,
+        }
+        match self.attempts.retention.as_deref() {
+            None => {}
+            Some("forever") => options.attempt_retention = None,
+            Some(text) => options.attempt_retention = Some(period("attempts.retention", text)?),
+        }
         if options.lease < MIN_LEASE {
             anyhow::bail!(
                 "`storage.lease` must be 12h or more: a client that was told a blob exists relies on it"
             );
         }
-        self.gc.apply(&mut options, false)?;
+        let location = self.storage.location(data)?;
+        let s3 = matches!(location.objects, ObjectLocation::S3(_));
+        self.gc.apply(&mut options, s3)?;
+        let redirect = self.storage.redirect.check(&mut options, s3)?;
+        self.retention.apply(&mut options)?;
+        self.scrub.apply(&mut options)?;
+        options.test_switches();
         let log = self.log.unwrap_or_default();
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log.level) {
             anyhow::bail!(
@@ -401,8 +432,11 @@ impl Raw {
                 .drain
                 .map(|text| period("server.drain", &text))
                 .transpose()?,
-            location: self.storage.location(data)?,
+            metric_repositories: self.server.metric_repositories,
+            location,
+            redirect,
             store: options,
+            backup: self.backup.check()?,
             htpasswd,
             rules,
             log,
@@ -638,7 +672,7 @@ fn bytes(key: &str, size: &Size) -> anyhow::Result<u64> {
 }
 
 /// `4MiB`, `10 MB`, `4096`.
-fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -649,9 +683,11 @@ fn parse_size(text: &str) -> Option<u64> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
         "KB" | "kB" => 1000,
         "MB" => 1_000_000,
         "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
         _ => return None,
     };
     count.checked_mul(unit)
@@ -667,7 +703,19 @@ const ALL_ACTIONS: [&str; 6] = [
 ];
 const DEFAULT_LISTEN: &str = "127.0.0.1:5050";
 const MIN_LEASE: Duration = Duration::from_hours(12);
-const SECTIONS: [&str; 7] = ["server", "storage", "auth", "access", "events", "gc", "log"];
+const SECTIONS: [&str; 11] = [
+    "server",
+    "storage",
+    "auth",
+    "access",
+    "attempts",
+    "events",
+    "gc",
+    "retention",
+    "scrub",
+    "backup",
+    "log",
+];
 
 #[cfg(test)]
 mod tests;

@@ -201,6 +201,37 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
     }
 }
 
+/// One line on a terminal that tells how far something is, nothing elsewhere.
+pub(crate) struct Meter(ProgressBar);
+
+impl Meter {
+    /// A line on standard error when it is a terminal and `quiet` is not wanted.
+    pub(crate) fn new(quiet: bool) -> Self {
+        let target = if quiet || !std::io::stderr().is_terminal() {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
+        let style = ProgressStyle::with_template("{spinner} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner());
+        Self(ProgressBar::with_draw_target(None, target).with_style(style))
+    }
+
+    /// Shows `done` of `total`.
+    pub(crate) fn show(&self, what: &str, done: u64, total: Option<u64>) {
+        self.0.set_message(match total {
+            Some(total) => format!("{what}: {done} of {total}"),
+            None => format!("{what}: {done}"),
+        });
+        self.0.tick();
+    }
+
+    /// Takes the line away.
+    pub(crate) fn clear(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// Progress bars on a terminal, nothing elsewhere.
 pub(crate) struct Bars {
     all: MultiProgress,

@@ -35,7 +35,7 @@ impl Place {
             &[],
             std::env::vars(),
         )?;
-        Ok((location_of(&config), config.store))
+        Ok((config.location, config.store))
     }
 }
 
@@ -53,11 +53,6 @@ pub(crate) fn named(path: &Path) -> anyhow::Result<(Location, Options)> {
         }
     };
     place.location()
-}
-
-/// Where a configuration keeps what it has.
-pub(crate) fn location_of(config: &Config) -> Location {
-    config.location.clone()
 }
 
 async fn open(location: &Location, options: Options, command: &str) -> anyhow::Result<Store> {

@@ -46,6 +46,15 @@ impl Registry {
         let store = open_store(config)
             .await
             .with_context(|| format!("cannot open {}", describe(&config.location)))?;
+        if let Some(backup) = &config.backup {
+            let started = store.start_backup(backup.clone()).await;
+            started.with_context(|| {
+                format!(
+                    "cannot back up into the directory `{}`",
+                    backup.directory.display()
+                )
+            })?;
+        }
         let server = Server::bind(settings, store.clone()).await?;
         Ok(Self {
             server,
@@ -195,6 +204,7 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     let mut settings = registry::Settings {
         listen: config.listen.clone(),
         public_url: config.public_url.clone(),
+        redirect: config.redirect.clone(),
         ..registry::Settings::default()
     };
     settings.tls = config
@@ -209,6 +219,9 @@ fn settings(config: &Config) -> anyhow::Result<registry::Settings> {
     }
     if let Some(bytes) = config.manifest_bytes {
         settings.limits.manifest_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    }
+    if let Some(repositories) = config.metric_repositories {
+        settings.metric_repositories = repositories;
     }
     if let Some(drain) = config.drain {
         settings.drain = drain;

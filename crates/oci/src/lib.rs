@@ -12,6 +12,7 @@
 pub mod descriptor;
 pub mod digest;
 pub mod evidence;
+pub mod glob;
 pub mod manifest;
 pub mod media_type;
 pub mod record;
@@ -20,5 +21,6 @@ pub mod tar;
 
 pub use descriptor::{Descriptor, Platform};
 pub use digest::{Algorithm, Digest, Hasher};
+pub use glob::Glob;
 pub use manifest::Manifest;
 pub use reference::{Reference, RepositoryName, Tag};

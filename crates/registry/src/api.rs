@@ -18,7 +18,7 @@ mod pins;
 mod repositories;
 mod retention;
 mod scrub;
-mod storage;
+pub(crate) mod storage;
 
 /// Answers a request below `/api/`: the first word below `/api/v1/` names the module that answers.
 pub(crate) async fn serve(call: &mut Call, path: &str) -> Result<Response<Body>, Refusal> {

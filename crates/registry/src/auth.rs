@@ -16,7 +16,6 @@ use crate::auth::token::{Grant, Tokens};
 use crate::error::{Error, Refusal, UNAUTHORIZED};
 use crate::settings::{ANONYMOUS, Access, Action, Rule, Settings};
 
-pub(crate) mod glob;
 pub(crate) mod htpasswd;
 pub(crate) mod login;
 pub(crate) mod token;
@@ -116,7 +115,7 @@ impl Authorizer {
                 && match action {
                     Action::Pull | Action::Push => true,
                     _ if rule.tags.is_empty() => true,
-                    _ if whole => rule.tags.iter().any(glob::Glob::is_everything),
+                    _ if whole => rule.tags.iter().any(oci::Glob::is_everything),
                     _ => tag
                         .is_some_and(|tag| rule.tags.iter().any(|glob| glob.matches(tag.as_str()))),
                 }
@@ -134,10 +133,7 @@ impl Authorizer {
                     .principals
                     .iter()
                     .any(|name| name == user || name == "*")
-                && rule
-                    .repositories
-                    .iter()
-                    .any(glob::Glob::is_all_repositories)
+                && rule.repositories.iter().any(oci::Glob::is_all_repositories)
         })
     }
 

@@ -193,7 +193,9 @@ impl From<store::Error> for Refusal {
         match &error {
             E::BlobUnknown(_) => plain(StatusCode::NOT_FOUND, "BLOB_UNKNOWN"),
             E::BlobDamaged(_) => plain(StatusCode::INTERNAL_SERVER_ERROR, UNKNOWN),
-            E::BlobInUse(_) | E::ManifestInUse(_) => plain(StatusCode::CONFLICT, DENIED),
+            E::BlobInUse(_) | E::ManifestInUse(_) | E::Pinned { .. } => {
+                plain(StatusCode::CONFLICT, DENIED)
+            }
             E::DigestMismatch { .. } => plain(StatusCode::BAD_REQUEST, DIGEST_INVALID),
             E::ManifestUnknown(_) => plain(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN"),
             E::MissingReferences(missing) => {
@@ -229,7 +231,13 @@ impl From<store::Error> for Refusal {
             E::ReadOnly { .. } => plain(StatusCode::SERVICE_UNAVAILABLE, UNKNOWN)
                 .with(RETRY_AFTER, HeaderValue::from_static("30")),
             E::QuotaExceeded { .. } => plain(StatusCode::FORBIDDEN, DENIED),
-            E::Pinned { .. } => plain(StatusCode::CONFLICT, DENIED),
+            E::PinsChanged { version, .. } => {
+                let refusal = plain(StatusCode::PRECONDITION_FAILED, "PRECONDITION_FAILED");
+                match version.map(|v| HeaderValue::from_str(&format!("\"{v}\""))) {
+                    Some(Ok(tag)) => refusal.with(http::header::ETAG, tag),
+                    _ => refusal,
+                }
+            }
             E::Unavailable { what, .. } => {
                 let mut refusal = Self::new(
                     StatusCode::SERVICE_UNAVAILABLE,

@@ -32,8 +32,8 @@ mod serve;
 mod settings;
 mod v2;
 
-pub use auth::glob::{Glob, GlobError};
 pub use error::Error;
+pub use oci::glob::{Glob, GlobError};
 pub use redirect::{Network, NetworkError, Redirect};
 pub use serve::Server;
 pub use settings::{Access, AccessError, Action, Limits, Rule, Settings, TlsFiles};

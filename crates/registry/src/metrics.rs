@@ -1,7 +1,13 @@
-//! Metrics in the OpenMetrics text form. No label names a repository or a user: their number is not
-//! bounded.
+//! Metrics in the OpenMetrics text form. No label names a user: their number is not bounded. The largest namespaces, and
+//! repositories where that is asked for, are named, their number is bounded, and where there are users only an operator
+//! sees them: a name is something that not everybody may know.
+//!
+//! What the store holds is as old as `longshore_stored_age_seconds` says: counting it costs at most a hundredth of the time.
 
-use std::sync::Arc;
+mod collection;
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::header::CONTENT_TYPE;
@@ -13,9 +19,14 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
+use store::UsageOrder;
 
+use crate::api::storage::deduplication;
+use crate::auth::Decision;
 use crate::error::Refusal;
 use crate::serve::body::Body;
+use crate::serve::call::Call;
+use collection::Collection;
 
 /// The meters. Cloning shares them.
 #[derive(Clone)]
@@ -37,6 +48,41 @@ struct Meters {
     stored_bytes: Gauge,
     pending_deletions: Gauge,
     read_only: Family<CauseLabel, Gauge>,
+    collection: Collection,
+    scrubbed: Gauge,
+    scrub_found: Gauge,
+    suspect: Gauge,
+    backup: BackupMeters,
+    logical_bytes: Gauge,
+    manifest_bytes: Gauge,
+    waiting_bytes: Gauge,
+    deduplication: Gauge<f64, AtomicU64>,
+    stored_age: Gauge<f64, AtomicU64>,
+    pulls_dropped: Counter,
+    namespace_bytes: Family<NamespaceLabel, Gauge>,
+    namespace_objects: Family<NamespaceLabel, Gauge>,
+    namespace_quota: Family<NamespaceLabel, Gauge>,
+    repository_bytes: Family<RepositoryLabel, Gauge>,
+    /// Held while gauges are set and written out, so that two scrapes do not see each other's.
+    scrape: Mutex<()>,
+}
+
+/// How the backup goes. Only of a registry that has one.
+#[derive(Default)]
+struct BackupMeters {
+    success: Gauge,
+    lag: Gauge,
+    failures: Gauge,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct NamespaceLabel {
+    namespace: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RepositoryLabel {
+    repository: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -124,11 +170,111 @@ impl Metrics {
             "Objects that wait for their physical deletion",
             pending_deletions.clone(),
         );
+        let scrubbed = Gauge::default();
+        registry.register_with_unit(
+            "scrub_read",
+            "Bytes that the scrub of this process has read since it began",
+            Unit::Bytes,
+            scrubbed.clone(),
+        );
+        let scrub_found = Gauge::default();
+        registry.register(
+            "scrub_damaged",
+            "Blobs and manifests that the scrub of this process has found damaged since it began",
+            scrub_found.clone(),
+        );
+        let suspect = Gauge::default();
+        registry.register(
+            "suspect_blobs",
+            "Blobs that are damaged and wait for a push to heal them",
+            suspect.clone(),
+        );
         let read_only = Family::default();
         registry.register(
             "read_only",
             "1 while users cannot write, by cause: an operator's command, a full disk, a database in recovery",
             read_only.clone(),
+        );
+        let collection = Collection::new(&mut registry);
+        let backup = BackupMeters::default();
+        registry.register_with_unit(
+            "backup_last_success_timestamp",
+            "When the backup last succeeded; 0 before it did and without a backup",
+            Unit::Seconds,
+            backup.success.clone(),
+        );
+        registry.register_with_unit(
+            "backup_lag",
+            "How long ago the newest restorable moment is",
+            Unit::Seconds,
+            backup.lag.clone(),
+        );
+        registry.register(
+            "backup_failures",
+            "Rounds of the backup that failed since the start",
+            backup.failures.clone(),
+        );
+        let bytes = |registry: &mut Registry, name: &str, help: &str| {
+            let gauge: Gauge = Gauge::default();
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+            gauge
+        };
+        let logical_bytes = bytes(
+            &mut registry,
+            "logical",
+            "Distinct blobs and manifests of each repository",
+        );
+        let manifest_bytes = bytes(&mut registry, "stored_manifests", "Bytes of manifests");
+        let waiting_bytes = bytes(
+            &mut registry,
+            "waiting",
+            "Bytes of blobs that no repository holds any more",
+        );
+        let deduplication = Gauge::default();
+        registry.register(
+            "deduplication_ratio",
+            "Logical bytes for one that is stored and wanted",
+            deduplication.clone(),
+        );
+        let stored_age = Gauge::default();
+        registry.register_with_unit(
+            "stored_age",
+            "How long ago what the store holds was counted",
+            Unit::Seconds,
+            stored_age.clone(),
+        );
+        let pulls_dropped = Counter::default();
+        registry.register(
+            "pull_statistics_dropped",
+            "Entries of pull statistics that were more than the memory for them",
+            pulls_dropped.clone(),
+        );
+        let namespace_bytes = Family::default();
+        registry.register_with_unit(
+            "namespace",
+            "Logical bytes of the largest namespaces",
+            Unit::Bytes,
+            namespace_bytes.clone(),
+        );
+        let namespace_objects = Family::default();
+        registry.register(
+            "namespace_objects",
+            "Blobs and manifests of the largest namespaces",
+            namespace_objects.clone(),
+        );
+        let namespace_quota = Family::default();
+        registry.register_with_unit(
+            "namespace_quota",
+            "Quota of the largest namespaces that have one",
+            Unit::Bytes,
+            namespace_quota.clone(),
+        );
+        let repository_bytes = Family::default();
+        registry.register_with_unit(
+            "repository",
+            "Logical bytes of the largest repositories",
+            Unit::Bytes,
+            repository_bytes.clone(),
         );
         Self(Arc::new(Meters {
             registry,
@@ -146,6 +292,22 @@ impl Metrics {
             stored_bytes,
             pending_deletions,
             read_only,
+            collection,
+            scrubbed,
+            scrub_found,
+            suspect,
+            backup,
+            logical_bytes,
+            manifest_bytes,
+            waiting_bytes,
+            deduplication,
+            stored_age,
+            pulls_dropped,
+            namespace_bytes,
+            namespace_objects,
+            namespace_quota,
+            repository_bytes,
+            scrape: Mutex::default(),
         }))
     }
 
@@ -205,8 +367,23 @@ impl Metrics {
     }
 
     /// Answers `GET /metrics`.
-    pub(crate) async fn serve(&self, store: &store::Store) -> Result<Response<Body>, Refusal> {
-        let totals = store.statistics().await?;
+    pub(crate) async fn serve(&self, call: &Call) -> Result<Response<Body>, Refusal> {
+        let store = &call.context.store;
+        let totals = store.recent_statistics().await?;
+        let (mut namespaces, mut repositories) = (Vec::new(), Vec::new());
+        if call.context.auth.decide_operator(&call.caller) == Decision::Allowed {
+            let largest = UsageOrder::Size(None);
+            namespaces = store.usage_of_namespaces(&largest, NAMESPACES).await?;
+            let wanted = call.context.settings.metric_repositories.min(REPOSITORIES);
+            if wanted > 0 {
+                repositories = store.usage_of_repositories(None, &largest, wanted).await?;
+            }
+        }
+        let default_quota = store.default_quota();
+        let mode = store.mode().await?;
+        let suspect = store.suspect_count().await?;
+        self.0.collection.set(store).await?;
+        let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         for (kind, count) in [
             ("repositories", totals.repositories),
             ("blobs", totals.blobs),
@@ -223,7 +400,18 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
-        let mode = store.mode().await?;
+        if let Some(status) = store.backup_status() {
+            let backup = &self.0.backup;
+            let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
+            backup.success.set(success);
+            let lag = status.lag.map_or(i64::MAX, |lag| lag.as_secs() as i64);
+            backup.lag.set(lag);
+            backup.failures.set(status.failures as i64);
+        }
+        let scrub = store.scrub_counters();
+        self.0.scrubbed.set(scrub.bytes as i64);
+        self.0.scrub_found.set(scrub.damaged as i64);
+        self.0.suspect.set(suspect as i64);
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),
             ("disk", mode.full.is_some()),
@@ -233,6 +421,43 @@ impl Metrics {
                 .read_only
                 .get_or_create(&CauseLabel { cause })
                 .set(i64::from(holds));
+        }
+        self.0.logical_bytes.set(totals.logical_bytes as i64);
+        self.0.manifest_bytes.set(totals.manifest_bytes as i64);
+        self.0.waiting_bytes.set(totals.waiting_bytes as i64);
+        self.0
+            .deduplication
+            .set(deduplication(&totals).unwrap_or(1.0));
+        self.0.stored_age.set(totals.age.as_secs_f64());
+        let dropped = store.dropped_pulls();
+        self.0
+            .pulls_dropped
+            .inc_by(dropped.saturating_sub(self.0.pulls_dropped.get()));
+        self.0.namespace_bytes.clear();
+        self.0.namespace_objects.clear();
+        self.0.namespace_quota.clear();
+        self.0.repository_bytes.clear();
+        for usage in namespaces {
+            let label = NamespaceLabel {
+                namespace: usage.name,
+            };
+            let set = |family: &Family<NamespaceLabel, Gauge>, value: u64| {
+                family.get_or_create(&label).set(value as i64);
+            };
+            set(&self.0.namespace_bytes, usage.bytes);
+            set(&self.0.namespace_objects, usage.objects);
+            if let Some(quota) = usage.quota.or(default_quota) {
+                set(&self.0.namespace_quota, quota);
+            }
+        }
+        for usage in repositories {
+            let label = RepositoryLabel {
+                repository: usage.name.to_string(),
+            };
+            self.0
+                .repository_bytes
+                .get_or_create(&label)
+                .set(usage.bytes as i64);
         }
         let mut text = String::new();
         encode(&mut text, &self.0.registry)
@@ -262,6 +487,9 @@ impl Drop for Counted {
     }
 }
 
+/// Namespaces and repositories that are named at most.
+const NAMESPACES: usize = 100;
+const REPOSITORIES: usize = 1000;
 const METHODS: [&str; 6] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"];
 const BUCKETS: [f64; 12] = [
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,

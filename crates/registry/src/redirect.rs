@@ -11,7 +11,7 @@ use std::time::Duration;
 use oci::RepositoryName;
 use serde::{Deserialize, Serialize};
 
-use crate::auth::glob::Glob;
+use oci::Glob;
 
 /// Sends pulls of blobs to the object store (307).
 #[derive(Clone, Debug)]

@@ -3,12 +3,11 @@
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
+use oci::Glob;
 use serde::Deserialize;
 
-use crate::auth::glob::{Glob, GlobError};
 use crate::redirect::Redirect;
 
 /// Settings of a [`crate::Server`].
@@ -31,6 +30,8 @@ pub struct Settings {
     pub access_log: bool,
     /// Pulls that are sent to the object store, where blobs are in one.
     pub redirect: Option<Redirect>,
+    /// How many of the largest repositories `/metrics` names, at most 1000. Each is a time series of its own.
+    pub metric_repositories: usize,
 }
 
 impl Default for Settings {
@@ -44,6 +45,7 @@ impl Default for Settings {
             drain: Duration::from_secs(30),
             access_log: true,
             redirect: None,
+            metric_repositories: 0,
         }
     }
 }
@@ -251,13 +253,6 @@ impl Action {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-impl<'de> Deserialize<'de> for Glob {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Self::from_str(&text).map_err(|error: GlobError| serde::de::Error::custom(error))
     }
 }
 

@@ -282,8 +282,8 @@ impl Body for Add {
         }
         if let Some(head) = head
             && outcome.added > 0
-            && let Some(surplus) = head.sequence.checked_sub(MOST)
         {
+            let surplus = head.sequence.saturating_sub(MOST);
             let [holder, target] = key;
             tx.execute(&CUT, &[holder, target, surplus.into()]).await?;
         }

@@ -47,6 +47,8 @@
 //! deletion of a tag learns the manifest from the tag) PostgreSQL breaks the tie and the transaction runs again.
 
 mod candidate;
+mod dry_run;
+mod explain;
 mod liveness;
 mod outbox;
 mod queue;
@@ -54,19 +56,25 @@ mod repository;
 mod settings;
 mod worker;
 
+pub use dry_run::{DryRun, DryRunItem};
+pub use explain::{Kept, Reason};
 pub use outbox::OutboxLength;
 pub(crate) use outbox::{count as count_deletions, discard, discard_multipart};
-pub use queue::{Kind, QueueLength};
+pub use queue::{Kind, QueueLag, QueueLength};
 pub(crate) use queue::{enqueue, forget};
 pub use settings::{GcOptions, Window, WindowError};
 pub use worker::{CollectionStatus, CollectionTotals};
 pub(crate) use worker::{Collector, drain, work};
 
 /// The statements of all parts.
-pub(crate) static STATEMENTS: [&[&crate::sql::Statement]; 5] = [
+pub(crate) static STATEMENTS: [&[&crate::sql::Statement]; 6] = [
     queue::STATEMENTS,
     outbox::STATEMENTS,
     liveness::STATEMENTS,
     repository::STATEMENTS,
     worker::STATEMENTS,
+    explain::STATEMENTS,
 ];
+
+#[cfg(test)]
+mod tests;

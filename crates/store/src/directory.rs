@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::blob::file_system::{FileSystem, sync_directory};
 use crate::error::Error;
+use crate::export::shelf::EXPORTS;
 
 /// The format of the directory that this program writes.
 const FORMAT: i64 = 1;
@@ -30,7 +31,7 @@ impl Directory {
         make_directory(root)?;
         let fresh = read_format(root)?.is_none();
         if fresh {
-            check_ours(root)?;
+            check_ours(root, &[])?;
         }
         let lock = take_lock(root)?;
         // Whoever had the lock a moment ago may have made the directory whole.
@@ -41,13 +42,52 @@ impl Directory {
         } else if !database(root).is_file() {
             return Err(Error::damaged(
                 &database(root),
-                "it is missing, restore the directory from a backup",
+                "it is missing, restore the directory from a backup, or make it anew with `longshore reindex`",
             ));
         }
         Ok(Self {
             root: root.to_owned(),
             _lock: lock,
             fresh,
+        })
+    }
+
+    /// Takes the lock of a directory that is whole.
+    pub(crate) fn open_existing(root: &Path) -> Result<Self, Error> {
+        if read_format(root)?.is_none() {
+            return Err(Error::unusable(
+                root,
+                "it holds no `format` file, so it is not a data directory",
+            ));
+        }
+        Self::open(root)
+    }
+
+    /// Takes the lock of a directory that has objects and has lost its database. Where the objects are elsewhere, the
+    /// directory may be lost too.
+    pub(crate) fn open_without_database(root: &Path, has_objects: bool) -> Result<Self, Error> {
+        if !has_objects {
+            make_directory(root)?;
+            FileSystem::make(&objects(root))?;
+        } else if !objects(root).is_dir() {
+            return Err(Error::unusable(
+                root,
+                "it holds no objects, so it is not a data directory",
+            ));
+        }
+        read_format(root)?;
+        let lock = take_lock(root)?;
+        let database = database(root);
+        if database.exists() {
+            return Err(Error::unusable(
+                &database,
+                "the database is there; when it cannot be used, move it away with its `-wal` and `-shm` files first",
+            ));
+        }
+        Ok(Self {
+            root: root.to_owned(),
+            _lock: lock,
+            fresh: false,
         })
     }
 
@@ -61,7 +101,7 @@ impl Directory {
                 found: "an embedded store".to_owned(),
             });
         }
-        check_ours(root)?;
+        check_ours(root, &[EXPORTS])?;
         let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
@@ -74,6 +114,11 @@ impl Directory {
     /// Whether this is the directory at `path`.
     pub(crate) fn is(&self, path: &Path) -> bool {
         self.root == path
+    }
+
+    /// Where it is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
@@ -104,6 +149,25 @@ impl Directory {
         write().map_err(|error| Error::io("write", &path, error))?;
         sync_directory(&self.root)
     }
+}
+
+/// Puts the database of an embedded store aside, durably: it was carried elsewhere, and the objects stay here for the
+/// store that it became. Doing it again changes nothing.
+pub(crate) fn retire(root: &Path) -> Result<(), Error> {
+    let format = root.join(FORMAT_FILE);
+    if let Err(error) = std::fs::remove_file(&format)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("remove", &format, error));
+    }
+    sync_directory(root)?;
+    let path = database(root);
+    if let Err(error) = std::fs::rename(&path, root.join(format!("{DATABASE}{CARRIED}")))
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(Error::io("rename", &path, error));
+    }
+    sync_directory(root)
 }
 
 /// The path of the database.
@@ -169,17 +233,18 @@ fn read_format(root: &Path) -> Result<Option<i64>, Error> {
 }
 
 /// Refuses a directory without a format that holds anything but what a first start leaves behind.
-fn check_ours(root: &Path) -> Result<(), Error> {
+fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
     let entries = std::fs::read_dir(root).map_err(|error| Error::io("read", root, error))?;
     for entry in entries {
         let entry = entry.map_err(|error| Error::io("read", root, error))?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
-        let known = [LOCK, OBJECTS, FORMAT_PARTIAL, "lost+found"].contains(&name.as_ref())
+        let known = also.contains(&name.as_ref())
+            || [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
-                .is_some_and(|rest| ["", "-wal", "-shm", "-journal"].contains(&rest));
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
         if !known {
             return Err(Error::NotADataDirectory {
                 dir: root.to_owned(),
@@ -216,6 +281,10 @@ fn lock(root: &Path, take: fn(&File) -> Result<(), TryLockError>) -> Result<File
 
 const FORMAT_FILE: &str = "format";
 const FORMAT_PARTIAL: &str = "format.partial";
+/// What is removed first when the disk is full.
+pub(crate) const RESERVE: &str = "reserve";
+/// After the name of a database that was carried elsewhere.
+const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";
 const DATABASE: &str = "meta.db";
 const OBJECTS: &str = "o";

@@ -26,6 +26,14 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A place given to a command is not what the command needs. Nothing was changed there.
+    #[error("`{path}` cannot be used: {problem}")]
+    Unusable {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// The content has another digest.
     #[error("the content has digest `{actual}`, not `{expected}`")]
     DigestMismatch {
@@ -43,6 +51,9 @@ pub enum Error {
     /// References of a manifest are not in the repository.
     #[error("the manifest names content that is not in this repository: {}", some(.0))]
     MissingReferences(Vec<Digest>),
+    /// There is no such directory.
+    #[error("no such directory: `{0}`")]
+    NoDirectory(PathBuf),
     /// The directory holds other things than a store.
     #[error(
         "`{dir}` is not a data directory of this program (it holds `{found}`), choose an empty directory"
@@ -196,6 +207,13 @@ impl Error {
             operation,
             path: path.to_owned(),
             source,
+        }
+    }
+
+    pub(crate) fn unusable(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Unusable {
+            path: path.to_owned(),
+            problem: problem.into(),
         }
     }
 

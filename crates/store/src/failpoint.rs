@@ -3,6 +3,8 @@
 //! With the feature `failpoints`, `LONGSHORE_FAILPOINT=name` or `name:n` makes the process kill itself
 //! (SIGKILL) the n-th time it passes the point. Without the feature a point is nothing at all.
 
+use crate::model::Options;
+
 /// Every point, in the order in which a push passes them.
 pub(crate) const NAMES: &[&str] = &[
     "upload.before_row",
@@ -57,6 +59,8 @@ pub(crate) const NAMES: &[&str] = &[
     "outbox.after_remove",
     "outbox.after_entry_sync",
     "outbox.after_rows",
+    "retention.before_remove",
+    "retention.after_remove",
     "seal.before",
     "seal.after_numbers",
     "seal.after_events",
@@ -66,20 +70,34 @@ pub(crate) const NAMES: &[&str] = &[
     "import.after_row",
     "import.after_place",
     "import.after_sync",
+    "carry.after_journal",
+    "carry.after_blob_rows",
+    "carry.after_object",
+    "carry.after_objects",
+    "carry.after_wipe",
+    "carry.after_page",
+    "carry.after_tables",
+    "carry.after_format",
+    "carry.after_moved",
     "migrate.before_copy",
     "migrate.after_copy",
     "migrate.after_step",
     "migrate.before_commit",
     "migrate.after_commit",
-    "migrate.after_journal",
-    "migrate.after_blob_rows",
-    "migrate.after_object",
-    "migrate.after_objects",
-    "migrate.after_wipe",
-    "migrate.after_page",
-    "migrate.after_tables",
-    "migrate.after_format",
-    "migrate.after_moved",
+    "backup.after_object",
+    "backup.after_objects",
+    "backup.before_copy",
+    "backup.after_copy",
+    "backup.after_line",
+    "backup.before_segment",
+    "backup.after_segment",
+    "backup.after_fold",
+    "backup.after_unline",
+    "export.after_part",
+    "export.after_set",
+    "restore.after_database",
+    "restore.after_objects",
+    "restore.before_format",
 ];
 
 /// Points that are passed only where objects are in an object store.
@@ -135,4 +153,44 @@ pub(crate) fn planted(name: &str) -> bool {
     BUG.get_or_init(|| std::env::var("LONGSHORE_TEST_BUG").ok())
         .as_deref()
         == Some(name)
+}
+
+impl Options {
+    /// Lays what a test asks for in the environment over these settings: `LONGSHORE_TEST_LEASE=2s` makes leases
+    /// shorter than a configuration may, so that a test sees them end, and with them the time that deleted objects wait. Without the feature `failpoints` it does nothing.
+    #[doc(hidden)]
+    #[cfg_attr(
+        not(feature = "failpoints"),
+        expect(
+            clippy::unused_self,
+            clippy::needless_pass_by_ref_mut,
+            reason = "only a test build changes it"
+        )
+    )]
+    pub fn test_switches(&mut self) {
+        #[cfg(feature = "failpoints")]
+        if let Ok(text) = std::env::var("LONGSHORE_TEST_LEASE") {
+            if let Some(lease) = test_period(&text) {
+                self.lease = lease;
+                self.gc.beyond_lease = std::time::Duration::ZERO;
+                self.gc.read_grace = self.gc.read_grace.min(lease);
+                self.gc.keep_deleted = self.gc.keep_deleted.min(lease);
+            } else {
+                tracing::error!(
+                    text,
+                    "`LONGSHORE_TEST_LEASE` is no period, write `2s` or `500ms`"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(feature = "failpoints")]
+fn test_period(text: &str) -> Option<std::time::Duration> {
+    let (number, millis) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s')?, 1000),
+    };
+    let number: u64 = number.trim().parse().ok()?;
+    Some(std::time::Duration::from_millis(number * millis))
 }

@@ -251,6 +251,9 @@ pub trait Sink: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 }
 
+/// Is told of a repository and of how many are left.
+pub type Told = Box<dyn Fn(&RepositoryName, usize) + Send + Sync>;
+
 /// What to bring, and how.
 pub struct Plans {
     /// Which repositories of the source.
@@ -264,7 +267,7 @@ pub struct Plans {
     /// How many blobs or manifests move at one time; 0 counts as 1.
     pub parallel: usize,
     /// Told of each repository that is done: its name and how many are left.
-    pub progress: Box<dyn Fn(&RepositoryName, usize) + Send + Sync>,
+    pub progress: Told,
 }
 
 impl Default for Plans {
@@ -374,6 +377,8 @@ struct State {
     report: Report,
     /// Blobs that were counted, at the source and at the destination.
     counted: HashSet<Digest>,
+    /// Blobs that are on their way.
+    flights: HashMap<Digest, Arc<tokio::sync::Mutex<()>>>,
     arrived: HashSet<Digest>,
 }
 
@@ -508,6 +513,22 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
     }
 
     async fn blob(
+        &self,
+        from: &RepositoryName,
+        into: &RepositoryName,
+        blob: &Descriptor,
+    ) -> Result<(), Failure> {
+        // Repositories that come at one time share blobs: the second one finds what the first one brought.
+        let flight = change(self.state, |state| {
+            Arc::clone(state.flights.entry(blob.digest.clone()).or_default())
+        });
+        let _flight = flight.lock().await;
+        let outcome = self.blob_alone(from, into, blob).await;
+        change(self.state, |state| state.flights.remove(&blob.digest));
+        outcome
+    }
+
+    async fn blob_alone(
         &self,
         from: &RepositoryName,
         into: &RepositoryName,
@@ -662,7 +683,7 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
             });
         };
         change(self.state, |state| {
-            state.report.destination.repositories += 1
+            state.report.destination.repositories += 1;
         });
         for (tag, digest) in &plan.tags {
             let there = self.sink.tag(into, tag).await?;

@@ -15,14 +15,17 @@
 //! What nothing keeps any more goes while everything else goes on ([`GcOptions`]). The store knows no HTTP, judges no rights, and parses no manifest: callers pass the
 //! parsed view beside the exact bytes.
 
+mod adopt;
 mod attempt;
 mod audit;
+mod backup;
 mod blob;
 mod clock;
 mod collect;
 mod directory;
 mod error;
 mod event;
+mod export;
 mod failpoint;
 pub mod import;
 mod lease;
@@ -34,7 +37,9 @@ mod model;
 mod pin;
 mod pull;
 mod referrer;
+mod reindex;
 mod repository;
+mod retention;
 mod scrub;
 mod sql;
 mod store;
@@ -44,12 +49,16 @@ mod upload;
 mod usage;
 mod verify;
 
+pub use adopt::{AdoptOptions, Adopted, adopt};
 pub use attempt::{AttemptFilter, AttemptRecord, AttemptsOutcome, KeptAttempt, LedgerHead};
+pub use backup::once::{BackupMade, backup};
+pub use backup::restore::{BackupReport, Restored, restore, verify_backup};
+pub use backup::{BackupLine, BackupList, BackupOptions, BackupStatus, list_backups};
 pub use blob::s3::{RemoteBlob, RemoteStream};
 pub use clock::Timestamp;
 pub use collect::{
-    CollectionStatus, CollectionTotals, GcOptions, Kind, OutboxLength, QueueLength, Window,
-    WindowError,
+    CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
+    QueueLag, QueueLength, Reason, Window, WindowError,
 };
 pub use error::Error;
 pub use location::{
@@ -63,11 +72,15 @@ pub use model::{
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;
+pub use reindex::{ReindexProgress, Reindexed, reindex, reindex_at};
+pub use retention::{
+    Keep, Pattern, Policy, Retention, RetentionDecision, RetentionRun, Undone, Verdict,
+};
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
-pub use verify::{verify_audit, verify_store};
+pub use verify::{VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_store};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).

@@ -62,6 +62,7 @@ statements! {
     MEDIA_TYPE = "SELECT media_type FROM manifest WHERE id = $1";
     DIGEST = "SELECT digest FROM manifest WHERE id = $1";
     BODY = "SELECT body FROM manifest WHERE id = $1";
+    ID = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2";
 }
 
 /// Reads a manifest with one query.
@@ -474,6 +475,17 @@ pub(crate) async fn digest(tx: &mut Tx, manifest: i64) -> Result<Digest, Error> 
         .await?
         .ok_or_else(|| Error::Database("a tag points to no manifest".to_owned()))?
         .digest(0)
+}
+
+pub(crate) async fn id(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+) -> Result<Option<i64>, Error> {
+    tx.query_opt(&ID, &[repository.into(), digest.into()])
+        .await?
+        .map(|row| row.i64(0))
+        .transpose()
 }
 
 pub(crate) async fn body(tx: &mut Tx, manifest: i64) -> Result<Vec<u8>, Error> {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit;
 use crate::clock::Timestamp;
+use crate::directory::RESERVE;
 use crate::error::Error;
 use crate::model::Actor;
 use crate::sql::{Body, Tx, WriteKind, statements};
@@ -429,7 +430,6 @@ impl Body for Set {
     }
 }
 
-const RESERVE: &str = "reserve";
 const MAX_RESERVE: u64 = 16 << 20;
 const MAX_FLOOR: u64 = 128 << 20;
 /// Files that the file system must be able to make.

@@ -33,6 +33,8 @@ pub struct Options {
     pub scrub_rate: u64,
     /// The scrub reads everything once in this time (30 days).
     pub scrub_period: Duration,
+    /// Which tags are kept (all).
+    pub retention: std::sync::Arc<crate::Retention>,
     /// Connections to PostgreSQL at once, at most (16). One more waits for events.
     pub database_connections: usize,
     /// Logical bytes that a namespace without a quota of its own may use (no limit).
@@ -55,6 +57,7 @@ impl Default for Options {
             floor: None,
             scrub_rate: 8 << 20,
             scrub_period: Duration::from_hours(30 * 24),
+            retention: std::sync::Arc::default(),
             database_connections: 16,
             quota: None,
             pull_retention: Duration::from_hours(90 * 24),
@@ -318,6 +321,8 @@ pub struct VerifyReport {
     pub bytes: u64,
     /// Manifests whose bytes, edges and tags were checked.
     pub manifests: u64,
-    /// What is wrong, one sentence each.
+    /// What is wrong, one sentence each; the first ten thousand.
     pub problems: Vec<String>,
+    /// How many more there are.
+    pub more_problems: u64,
 }

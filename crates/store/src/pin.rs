@@ -44,6 +44,9 @@ statements! {
                JOIN manifest m ON m.repository_id = r.id JOIN pin p ON p.manifest_id = m.id \
                JOIN pin_holder h ON h.holder = p.holder \
                WHERE r.name = $1 AND m.digest = $2 AND p.holder > $3 ORDER BY p.holder LIMIT $4";
+    HOLDER = "SELECT h.holder, h.version, h.updated_at, h.updated_by, \
+                  (SELECT COUNT(*) FROM pin p WHERE p.holder = h.holder) AS pins \
+              FROM pin_holder h WHERE h.holder = $1";
     HOLDERS = "SELECT h.holder, h.version, h.updated_at, h.updated_by, \
                    (SELECT COUNT(*) FROM pin p WHERE p.holder = h.holder) AS pins \
                FROM pin_holder h WHERE h.holder > $1 ORDER BY h.holder LIMIT $2";
@@ -248,6 +251,15 @@ impl Store {
             .collect()
     }
 
+    /// The holder of this name alone, as [`Store::pin_holders`] tells it.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn find_pin_holder(&self, holder: &str) -> Result<Option<PinHolder>, Error> {
+        let rows = self.0.db.read(&HOLDER, &[holder.into()]).await?;
+        rows.first().map(pin_holder).transpose()
+    }
+
     /// Every holder in bytewise order after `last`.
     ///
     /// # Errors
@@ -265,17 +277,19 @@ impl Store {
             )
             .await?
             .iter()
-            .map(|row| {
-                Ok(PinHolder {
-                    holder: row.text(0)?,
-                    version: row.i64(1)?,
-                    updated_at: row.time(2)?,
-                    updated_by: row.text(3)?,
-                    pins: row.u64(4)?,
-                })
-            })
+            .map(pin_holder)
             .collect()
     }
+}
+
+fn pin_holder(row: &Row) -> Result<PinHolder, Error> {
+    Ok(PinHolder {
+        holder: row.text(0)?,
+        version: row.i64(1)?,
+        updated_at: row.time(2)?,
+        updated_by: row.text(3)?,
+        pins: row.u64(4)?,
+    })
 }
 
 fn held_pin(row: &Row) -> Result<HeldPin, Error> {
@@ -339,13 +353,12 @@ impl Body for Replace {
                 outcome.expired.push(name.clone());
                 continue;
             }
-            let place = match places.get(&name.0) {
-                Some(place) => *place,
-                None => {
-                    let place = repository::find(tx, &name.0).await?;
-                    places.insert(name.0.clone(), place);
-                    place
-                }
+            let place = if let Some(place) = places.get(&name.0) {
+                *place
+            } else {
+                let place = repository::find(tx, &name.0).await?;
+                places.insert(name.0.clone(), place);
+                place
             };
             match place {
                 Some(place) => {

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::event::{self, NewEvent};
 use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind};
-use crate::sql::{Body, Db, Row, Tx, statements};
+use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
@@ -24,7 +24,6 @@ statements! {
     HAS_CONTENT = "SELECT r.id FROM repository r WHERE r.name = $1 AND ( \
                 EXISTS (SELECT 1 FROM manifest m WHERE m.repository_id = r.id) \
                 OR EXISTS (SELECT 1 FROM repository_blob b WHERE b.repository_id = r.id))";
-    COUNT = "SELECT COUNT(*) FROM repository WHERE deleted_at IS NULL";
     TAKE = "SELECT id, namespace_id FROM repository WHERE id = $1 AND name = $2 {for update}";
     PINNED = "SELECT digest, holder FROM pin WHERE repository_id = $1 AND (expires_at IS NULL OR expires_at > $2) \
               ORDER BY digest, holder LIMIT 10";
@@ -46,6 +45,12 @@ pub(crate) async fn find(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Pl
         .await?
         .map(|row| place(&row))
         .transpose()
+}
+
+/// The row id of a repository, to look at what it holds.
+pub(crate) async fn id(db: &Db, name: &RepositoryName) -> Result<Option<i64>, Error> {
+    let rows = db.read(&FIND, &[name.as_str().into()]).await?;
+    rows.first().map(|row| row.i64(0)).transpose()
 }
 
 /// A repository that is looked up by its row.
@@ -80,6 +85,8 @@ pub(crate) struct Delete {
 
 impl Body for Delete {
     type Output = ();
+
+    const KIND: WriteKind = WriteKind::Delete;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let unknown = || Error::RepositoryUnknown(self.name.clone());
@@ -153,7 +160,7 @@ impl Store {
             name: name.clone(),
             actor: actor.clone(),
         };
-        self.inner().db.write(deletion).await?;
+        self.0.db.write(deletion).await?;
         self.wake_collector();
         Ok(())
     }

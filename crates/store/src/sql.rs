@@ -25,20 +25,23 @@ use crate::mode::Gate;
 
 pub(crate) use migration::MIGRATIONS;
 pub(crate) use postgres::{Listener, check as check_postgres};
-pub(crate) use sqlite::{check as check_sqlite, poll_once, snapshot as sqlite_snapshot};
+pub(crate) use sqlite::{
+    CHECKPOINT_BYTES, Pause, Sqlite, check as check_sqlite, map as sqlite_error, poll_once,
+    snapshot as sqlite_snapshot,
+};
 pub(crate) use statement::{Statement, registry, statements};
-pub(crate) use value::{Row, Value, encode_digest};
+pub(crate) use value::{Row, Value, decode_digest, encode_digest};
 
 /// The database of a store.
 pub(crate) enum Db {
-    Sqlite(sqlite::Sqlite),
+    Sqlite(Sqlite),
     Postgres(postgres::Postgres),
 }
 
 impl Db {
     /// Opens or makes the SQLite database at `path` and migrates it.
     pub(crate) fn open_sqlite(path: &Path, make: bool, context: Context) -> Result<Self, Error> {
-        sqlite::Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
+        Sqlite::open(path, make, MIGRATIONS, context).map(Self::Sqlite)
     }
 
     /// Connects to PostgreSQL with at most so many connections, and migrates the schema.
@@ -48,6 +51,26 @@ impl Db {
         context: Context,
     ) -> Result<Self, Error> {
         postgres::Postgres::open(url, connections, MIGRATIONS, context)
+            .await
+            .map(Self::Postgres)
+    }
+
+    /// How many other connections use a PostgreSQL database.
+    pub(crate) async fn others_on_postgres(url: &str) -> Result<u64, Error> {
+        postgres::Postgres::others(url).await
+    }
+
+    /// The engine of the embedded mode, for what only it can do.
+    pub(crate) fn embedded(&self) -> Option<&Sqlite> {
+        match self {
+            Self::Sqlite(sqlite) => Some(sqlite),
+            Self::Postgres(_) => None,
+        }
+    }
+
+    /// Connects to PostgreSQL to look at it. The schema is left as it is, and must be the one that this program knows.
+    pub(crate) async fn look_postgres(url: &str, context: Context) -> Result<Self, Error> {
+        postgres::Postgres::look(url, MIGRATIONS, context)
             .await
             .map(Self::Postgres)
     }
@@ -86,6 +109,15 @@ impl Db {
         }
     }
 
+    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
+    /// need no open store ([`sqlite_snapshot`]).
+    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
+        match self {
+            Self::Sqlite(_) => Ok(None),
+            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
+        }
+    }
+
     /// Tells whether the database takes no writes because it follows another one.
     pub(crate) async fn in_recovery(&self) -> Result<bool, Error> {
         match self {
@@ -111,15 +143,6 @@ impl Db {
     pub(crate) fn stop(&self, reason: &str) {
         if let Self::Postgres(postgres) = self {
             postgres.stop(reason);
-        }
-    }
-
-    /// A transaction that reads one moment of PostgreSQL, for as long as it takes; `None` on SQLite, whose snapshots
-    /// need no open store ([`sqlite_snapshot`]).
-    pub(crate) async fn snapshot(&self) -> Result<Option<Tx>, Error> {
-        match self {
-            Self::Sqlite(_) => Ok(None),
-            Self::Postgres(postgres) => postgres.snapshot().await.map(Some),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The open store: one method per thing that can be done with it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,24 +11,25 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
-use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
 use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::export::shelf::Shelf;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
     Actor, AuditEntry, Blob, BlobInfo, Event, EventBounds, Expected, Options, PutManifest,
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
-use crate::sql::{Context, Db, Row, WriteKind};
+use crate::sql::{Context, Db, Row};
 use crate::upload::claim::{Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
-    audit, blob, collect, event, manifest, meta, pull, referrer, repository, tag, upload, usage,
+    audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
+    usage,
 };
 
 /// An open store. Cloning is cheap and shares it.
@@ -59,6 +60,9 @@ pub(crate) struct Inner {
     /// Ends of uploads that go on after their request has gone.
     pub(crate) tasks: TaskTracker,
     pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) backup: crate::backup::Place,
+    /// Where exports are written.
+    pub(crate) exports: Shelf,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -66,6 +70,12 @@ pub(crate) struct Inner {
     background: Mutex<JoinSet<()>>,
     /// Dropped last: the locks go after everything that they protect.
     locks: Mutex<Vec<Directory>>,
+}
+
+impl Inner {
+    pub(crate) fn epoch(&self) -> &str {
+        &self.epoch
+    }
 }
 
 impl Store {
@@ -120,16 +130,19 @@ impl Store {
         let shared = matches!(database, DatabaseLocation::Postgres(_));
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
-        let (objects, memory) = match objects {
+        let (objects, exports, memory) = match objects {
             ObjectLocation::Directory(root) => {
+                let exports = Shelf::of_directory(&root);
                 let files = FileSystem::open(directory::objects(&root));
                 if !locks.iter().any(|held| held.is(&root)) {
                     locks.push(blocking(move || Directory::open_objects(&root)).await?);
                 }
-                (Objects::Directory(Arc::new(files)), MEMORY)
+                (Objects::Directory(Arc::new(files)), exports, MEMORY)
             }
             ObjectLocation::S3(location) => {
-                (Objects::S3(S3::connect(&location).await?), MEMORY_FOR_PARTS)
+                let s3 = S3::connect(&location).await?;
+                let exports = Shelf::S3(s3.clone());
+                (Objects::S3(s3), exports, MEMORY_FOR_PARTS)
             }
         };
         crate::transfer::check_open(&db).await?;
@@ -163,6 +176,8 @@ impl Store {
             memory: Arc::new(Semaphore::new(memory)),
             tasks: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
+            backup: crate::backup::Place::default(),
+            exports,
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -181,6 +196,7 @@ impl Store {
         inner.tasks.wait().await;
         let flushed = pull::flush(inner).await;
         let sealed = seal(inner).await;
+        inner.backup.close().await;
         inner
             .background
             .lock()
@@ -220,7 +236,11 @@ impl Store {
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
         // Apart: a slow object store must not delay the rest.
-        tokio::join!(self.upkeep(), collect::work(&self.0));
+        tokio::select! {
+            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
+            () = self.scrub() => {}
+            () = self.retain() => {}
+        }
     }
 
     async fn upkeep(&self) {
@@ -376,6 +396,19 @@ impl Store {
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
 
+    /// Holds memory of uploads until the guard is dropped, so that a test sees what becomes of them without it.
+    #[doc(hidden)]
+    pub async fn hold_memory(&self, bytes: u32) -> impl Drop + use<> {
+        struct Held(Option<tokio::sync::OwnedSemaphorePermit>);
+        impl Drop for Held {
+            fn drop(&mut self) {
+                drop(self.0.take());
+            }
+        }
+        let memory = Arc::clone(&self.0.memory);
+        Held(memory.acquire_many_owned(bytes).await.ok())
+    }
+
     /// Takes claims in the rows of uploads as replicas do, for the contract tests.
     #[doc(hidden)]
     pub fn share_claims(&self) {
@@ -521,8 +554,8 @@ impl Store {
             .0
             .db
             .write(manifest::Put {
+                lease: self.0.untagged(&put.repository),
                 put: Arc::new(put),
-                lease: self.0.options.lease,
                 allow_sparse: self.0.options.allow_sparse,
             })
             .await;
@@ -546,7 +579,7 @@ impl Store {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -569,7 +602,7 @@ impl Store {
                 tag: tag.clone(),
                 expected,
                 actor: actor.clone(),
-                lease: self.0.options.lease,
+                lease: self.0.untagged(repository),
             })
             .await
     }
@@ -712,22 +745,6 @@ impl Store {
     pub fn advance_clock(&self, by: Duration) {
         self.0.clock.advance(by);
     }
-
-    /// The same checks as [`crate::verify_store`] inside this store, on either engine, and the audit chain.
-    #[doc(hidden)]
-    pub async fn verify_open(&self) -> Result<crate::VerifyReport, Error> {
-        let listed = self.0.objects.list().await?;
-        let (mut report, doubts) = self
-            .0
-            .db
-            .write(VerifyOpen(Arc::clone(&self.0), listed))
-            .await?;
-        let kept = crate::verify::check_remote(&self.0.objects, doubts, &mut report).await;
-        report
-            .problems
-            .extend(kept.into_iter().map(|doubt| doubt.problem));
-        Ok(report)
-    }
 }
 
 impl std::fmt::Debug for Store {
@@ -735,28 +752,6 @@ impl std::fmt::Debug for Store {
         f.debug_struct("Store")
             .field("epoch", &self.0.epoch)
             .finish_non_exhaustive()
-    }
-}
-
-struct VerifyOpen(Arc<Inner>, Vec<(PathBuf, Option<StorageKey>)>);
-
-impl crate::sql::Body for VerifyOpen {
-    const KIND: WriteKind = WriteKind::Maintenance;
-
-    type Output = (crate::VerifyReport, Vec<crate::verify::Doubt>);
-
-    async fn run(&self, tx: &mut crate::sql::Tx) -> Result<Self::Output, Error> {
-        let files = self.0.objects.files().map(Arc::as_ref);
-        let mut report = crate::VerifyReport::default();
-        let mut doubts = Vec::new();
-        crate::verify::check(tx, files, self.1.clone(), &mut report, &mut doubts).await?;
-        if files.is_some() {
-            crate::verify::settle(tx, std::mem::take(&mut doubts), &mut report).await?;
-        }
-        if let Err(problem) = audit::verify(tx).await? {
-            report.problems.push(problem);
-        }
-        Ok((report, doubts))
     }
 }
 
@@ -832,16 +827,12 @@ async fn claim_row(
             span: inner.options.claim_idle,
         })
         .await?;
-    match claimed {
-        Some(open) => {
-            let claim = RowClaim::new(inner, slot, open.id, token, asked);
-            Ok((open, Some(claim)))
-        }
-        None => {
-            let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-            Err(Error::UploadBusy { offset })
-        }
-    }
+    let Some(open) = claimed else {
+        let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
+        return Err(Error::UploadBusy { offset });
+    };
+    let claim = RowClaim::new(inner, slot, open.id, token, asked);
+    Ok((open, Some(claim)))
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {

@@ -149,6 +149,26 @@ pub(crate) async fn remove_all_of(
     Ok(())
 }
 
+/// Removes a tag that is still the one that was judged; `false` when it moved or is gone.
+pub(crate) async fn remove_unmoved(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tag: &Tag,
+    generation: i64,
+    digest: &Digest,
+    events: &mut Vec<NewEvent>,
+) -> Result<bool, Error> {
+    let Some(current) = take(tx, change.place.repository, tag).await? else {
+        return Ok(false);
+    };
+    if current.generation != generation || current.digest != *digest {
+        return Ok(false);
+    }
+    let media_type = manifest::media_type(tx, current.manifest).await?;
+    remove(tx, change, tag, &current, &media_type, events).await?;
+    Ok(true)
+}
+
 /// The tags that point to a manifest, locked.
 async fn names_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
     tx.query(&OF_MANIFEST, &[manifest.into()])

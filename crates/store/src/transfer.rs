@@ -25,7 +25,7 @@ use serde_json::{Value as Json, json};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::location::Location;
-use crate::sql::{Body, Statement, Tx};
+use crate::sql::{Body, Statement, Tx, WriteKind};
 
 pub(crate) use tables::{JOURNAL, MOVED};
 
@@ -133,11 +133,21 @@ pub async fn migrate(from: &Location, to: &Location, settings: Settings) -> Resu
         ));
     }
     let destination = Destination::open(to, &source).await?;
-    let outcome = carry(&source, &destination, settings, &mut report).await;
+    let outcome = if destination.complete {
+        report.finished = true;
+        Ok(())
+    } else {
+        carry(&source, &destination, settings, &mut report).await
+    };
+    let shared = destination.is_postgres && end::is_root_of(from, &to.objects);
     let closed = destination.close().await;
-    source.close().await?;
-    outcome?;
-    closed?;
+    // What a run that was killed left to do is done by the next one.
+    let source_closed = if report.finished && shared {
+        source.retire().await
+    } else {
+        source.close().await
+    };
+    outcome.and(closed).and(source_closed)?;
     Ok(report)
 }
 
@@ -164,7 +174,7 @@ async fn carry(
     let mut from = source.snapshot().await?;
     check_schema(&mut from, &mut destination.snapshot().await?).await?;
     moving.run(&mut from, report).await?;
-    failpoint("migrate.after_objects");
+    failpoint("carry.after_objects");
     if settings.ahead {
         return Ok(());
     }
@@ -188,7 +198,7 @@ async fn carry(
         return Ok(());
     }
     destination.finish_directory()?;
-    failpoint("migrate.after_format");
+    failpoint("carry.after_format");
     // From here on the old place opens no more; the new one opens when its journal is gone.
     source
         .db
@@ -197,7 +207,7 @@ async fn carry(
             value: Some(destination.name.clone()),
         })
         .await?;
-    failpoint("migrate.after_moved");
+    failpoint("carry.after_moved");
     destination
         .db
         .write(Mark {
@@ -270,6 +280,7 @@ struct Mark {
 
 impl Body for Mark {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let remove = Statement::made("DELETE FROM meta WHERE key = $1".to_owned());
@@ -299,6 +310,7 @@ struct Names;
 
 impl Body for Names {
     type Output = Vec<String>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Vec<String>, Error> {
         tables::names(tx).await

@@ -39,8 +39,6 @@ statements! {
                  created_by, expires_at, multipart, parts, tail_key";
     RENEW = "UPDATE upload SET claimed_until = $3 WHERE id = $1 AND claimed_by = $2";
     RELEASE = "UPDATE upload SET claimed_by = NULL, claimed_until = NULL WHERE id = $1 AND claimed_by = $2";
-    OFFSET = "SELECT u.size, u.expires_at FROM upload u JOIN repository r ON r.id = u.repository_id \
-              WHERE u.name = $1 AND r.name = $2";
     OBJECTS = "SELECT storage_key, multipart, tail_key, next_tail_key FROM upload \
                WHERE id = $1 AND version = $2 {for update}";
     NAME_FILE = "UPDATE upload SET storage_key = $3, version = version + 1 WHERE id = $1 AND version = $2";
@@ -244,6 +242,8 @@ pub(crate) struct ReleaseClaim {
 impl Body for ReleaseClaim {
     type Output = ();
 
+    const KIND: WriteKind = WriteKind::Maintenance;
+
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         release(tx, self.id, &self.token).await
     }
@@ -263,13 +263,13 @@ pub(crate) async fn offset(
     now: Timestamp,
 ) -> Result<u64, Error> {
     let rows = db
-        .read(&OFFSET, &[(&id.0).into(), repository.as_str().into()])
+        .read(&FIND, &[(&id.0).into(), repository.as_str().into()])
         .await?;
     let row = rows.first().ok_or(Error::UploadUnknown)?;
-    if row.time(1)? <= now {
+    if row.time(9)? <= now {
         return Err(Error::UploadUnknown);
     }
-    row.u64(0)
+    row.u64(4)
 }
 
 /// Names an object that is about to be written (`I6`). What the row named in its place before is not used any more

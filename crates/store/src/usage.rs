@@ -230,6 +230,11 @@ impl Store {
         }
     }
 
+    /// Bytes that a namespace without a quota of its own may use; `None`: no limit.
+    pub fn default_quota(&self) -> Option<u64> {
+        self.0.options.quota
+    }
+
     /// Sets the quota of a namespace in bytes, which need not have content yet; `None` gives it the default. Content that is
     /// there stays.
     ///

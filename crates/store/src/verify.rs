@@ -1,28 +1,37 @@
 //! Checks a store against itself: each row against its object and digest, edges against manifest bodies, tags,
-//! leases, and objects that nobody knows.
+//! histories, leases, queues, totals, and objects that nobody knows.
 //!
-//! It runs offline, or read-only beside a running server in one read transaction. Objects are listed *before* the
-//! snapshot is taken: by then a row exists for each of them (`I6`), so what the snapshot does not know and
-//! what is still there is a stray. A row whose object is missing is looked at again in a newer snapshot.
+//! It changes nothing, and runs on a store that nobody uses or beside running servers. What rows say of one another is
+//! read in one snapshot. Objects are read outside of it, page by page, so a long check keeps no old snapshot alive; a
+//! blob whose object does not fit is a problem only when its row still names that object afterwards. Objects are listed
+//! before the rows are asked about them: a row exists for each object from before its first byte until after its
+//! deletion (`I6`), so one that no row knows and that is still there belongs to nothing.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use oci::{Digest, Manifest};
+use tokio::task::JoinSet;
 
 use crate::audit;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
 use crate::directory::{self, Directory};
 use crate::error::Error;
-use crate::model::VerifyReport;
-use crate::sql::{self, Context, Row, Tx, statements};
-use crate::upload::writer::digest_of_file;
+use crate::location::{DatabaseLocation, Location, ObjectLocation};
+use crate::model::{Blob, VerifyReport};
+use crate::scrub::{self, Verdict};
+use crate::sql::{self, Body, Context, Db, Row, Statement, Tx, Value, WriteKind, statements};
+use crate::store::{Store, single};
 use crate::usage;
 
 statements! {
-    BLOBS = "SELECT id, digest, size, body, storage_key, state FROM blob WHERE id > $1 ORDER BY id LIMIT 64";
+    BLOBS = "SELECT id, digest, size, body, storage_key, state FROM blob WHERE id > $1 ORDER BY id LIMIT 256";
+    COUNT_BLOBS = "SELECT COUNT(*) FROM blob";
+    COUNT_MANIFESTS = "SELECT COUNT(*) FROM manifest";
     BLOB_KEY = "SELECT storage_key FROM blob WHERE id = $1";
     MANIFESTS = "SELECT m.id, m.digest, m.media_type, m.size, m.body, m.subject, r.name, m.repository_id \
                  FROM manifest m JOIN repository r ON r.id = m.repository_id \
@@ -57,46 +66,168 @@ statements! {
                     NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'repository_blob' \
                         AND q.repository_id = rb.repository_id AND q.target_id = rb.blob_id) \
                     AND NOT EXISTS (SELECT 1 FROM blob b JOIN manifest_blob e ON e.digest = b.digest \
-                        WHERE b.id = rb.blob_id AND e.repository_id = rb.repository_id) LIMIT 100";
+                        WHERE b.id = rb.blob_id AND e.repository_id = rb.repository_id) \
+                    AND NOT EXISTS (SELECT 1 FROM repository r WHERE r.id = rb.repository_id \
+                        AND r.deleted_at IS NOT NULL) LIMIT 100";
+    UNHELD_BLOB = "SELECT b.digest FROM blob b \
+                   WHERE NOT EXISTS (SELECT 1 FROM repository_blob rb WHERE rb.blob_id = b.id) \
+                     AND NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'blob' AND q.target_id = b.id \
+                         AND q.repository_id = 0) LIMIT 100";
+    UNHELD_MANIFEST = "SELECT r.name, m.digest FROM manifest m JOIN repository r ON r.id = m.repository_id \
+                       WHERE r.deleted_at IS NULL \
+                         AND NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'manifest' \
+                             AND q.repository_id = m.repository_id AND q.target_id = m.id) \
+                         AND NOT EXISTS (SELECT 1 FROM tag t WHERE t.manifest_id = m.id) \
+                         AND NOT EXISTS (SELECT 1 FROM pin n WHERE n.manifest_id = m.id) \
+                         AND NOT EXISTS (SELECT 1 FROM manifest_child c WHERE c.repository_id = m.repository_id \
+                             AND c.digest = m.digest) \
+                         AND NOT EXISTS (SELECT 1 FROM referrer f JOIN manifest s \
+                             ON s.repository_id = f.repository_id AND s.digest = f.subject \
+                             WHERE f.repository_id = m.repository_id AND f.digest = m.digest) LIMIT 100";
+    UNQUEUED_UPLOAD = "SELECT u.name FROM upload u WHERE NOT EXISTS (SELECT 1 FROM collection_queue q \
+                           WHERE q.kind = 'upload' AND q.repository_id = u.repository_id AND q.target_id = u.id) LIMIT 100";
+    UNQUEUED_REPOSITORY = "SELECT r.deleted_name FROM repository r WHERE r.deleted_at IS NOT NULL \
+                               AND NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'repository' \
+                                   AND q.target_id = r.id) LIMIT 100";
+    WRONG_PIN = "SELECT n.holder, n.digest FROM pin n LEFT JOIN manifest m ON m.id = n.manifest_id \
+                 WHERE m.id IS NULL OR m.digest <> n.digest OR m.repository_id <> n.repository_id LIMIT 100";
+    LOST_TAG = "SELECT r.name, e.name AS tag FROM tag_event e JOIN repository r ON r.id = e.repository_id \
+                WHERE e.digest IS NOT NULL AND r.deleted_at IS NULL \
+                  AND NOT EXISTS (SELECT 1 FROM tag t WHERE t.repository_id = e.repository_id AND t.name = e.name) \
+                  AND NOT EXISTS (SELECT 1 FROM tag_event l WHERE l.repository_id = e.repository_id \
+                      AND l.name = e.name AND l.generation > e.generation) LIMIT 100";
+    HISTORY_GAP = "SELECT r.name, e.name AS tag FROM tag_event e JOIN repository r ON r.id = e.repository_id \
+                   GROUP BY r.name, e.repository_id, e.name \
+                   HAVING COUNT(*) <> MAX(e.generation) - MIN(e.generation) + 1 LIMIT 100";
+    DOOMED = "SELECT d.storage_key FROM deletion d \
+              WHERE EXISTS (SELECT 1 FROM blob b WHERE b.storage_key = d.storage_key) \
+                 OR EXISTS (SELECT 1 FROM upload u WHERE u.storage_key = d.storage_key) LIMIT 100";
+    EVENT_GAP = "SELECT CAST((n.value - p.value) - (SELECT COUNT(*) FROM event e WHERE e.number > p.value) AS BIGINT) \
+                     AS missing \
+                 FROM counter p, counter n WHERE p.name = 'event_pruned' AND n.name = 'event'";
 }
 
-/// Checks every row against every object and every digest. Offline it takes the directory's lock; beside a
-/// running server it only reads.
+/// How a store is checked.
+#[derive(Clone, Copy, Debug)]
+pub struct VerifyOptions {
+    /// Read every object and compare its digest. Without it only its presence and its length are looked at.
+    pub hash: bool,
+    /// Objects that are read at once.
+    pub parallel: usize,
+}
+
+impl Default for VerifyOptions {
+    fn default() -> Self {
+        Self {
+            hash: true,
+            parallel: std::thread::available_parallelism()
+                .map_or(2, usize::from)
+                .max(2),
+        }
+    }
+}
+
+/// How far a check is.
+#[derive(Clone, Copy, Debug)]
+pub struct VerifyProgress {
+    /// What is looked at: `manifests`, `blobs` or `objects`.
+    pub phase: &'static str,
+    /// How many were.
+    pub done: u64,
+    /// How many there are; of objects it is not known.
+    pub total: Option<u64>,
+    /// Bytes that were read.
+    pub bytes: u64,
+}
+
+/// Checks every row of a data directory against every object and every digest. Offline it takes the directory's lock;
+/// beside a running server it only reads.
 ///
 /// # Errors
 /// When the directory or the database cannot be read at all. What is wrong with the content is in the report.
 pub async fn verify_store(dir: &Path) -> Result<VerifyReport, Error> {
-    let dir = dir.to_owned();
-    tokio::task::spawn_blocking(move || {
-        let lock = Directory::look(&dir)?;
-        let objects = FileSystem::open(directory::objects(&dir));
-        let listed = objects.list()?;
-        let snapshot = || {
-            check_present(&dir)?;
-            sql::sqlite_snapshot(&directory::database(&dir), lock.is_some(), Context::new())
-        };
-        let mut tx = snapshot()?;
-        let mut report = VerifyReport {
-            problems: sql::check_sqlite(&mut tx)?,
-            ..VerifyReport::default()
-        };
-        let mut doubts = Vec::new();
-        sql::poll_once(check(
-            &mut tx,
-            Some(&objects),
-            listed,
-            &mut report,
-            &mut doubts,
-        ))?;
-        drop(tx);
-        if !doubts.is_empty() {
-            let mut tx = snapshot()?;
-            sql::poll_once(settle(&mut tx, doubts, &mut report))?;
+    verify_at(&Location::embedded(dir), VerifyOptions::default(), &|_| {}).await
+}
+
+/// Checks the store at `location`, wherever its rows and objects are.
+///
+/// # Errors
+/// As [`verify_store`]; [`Error::Unavailable`] when PostgreSQL or the object store cannot be reached.
+pub async fn verify_at(
+    location: &Location,
+    options: VerifyOptions,
+    progress: &(dyn Fn(VerifyProgress) + Send + Sync),
+) -> Result<VerifyReport, Error> {
+    let objects = match &location.objects {
+        ObjectLocation::Directory(dir) => {
+            check_directory(dir)?;
+            Objects::Directory(Arc::new(FileSystem::open(directory::objects(dir))))
+        }
+        ObjectLocation::S3(location) => Objects::S3(S3::connect(location).await?),
+    };
+    // Held to the end: nobody begins to write a directory that was found unused.
+    let mut lock = None;
+    let opened;
+    let rows = match &location.database {
+        DatabaseLocation::Sqlite(dir) => {
+            check_directory(dir)?;
+            lock = Directory::look(dir)?;
+            check_present(dir)?;
+            Rows::File {
+                path: directory::database(dir),
+                alone: lock.is_some(),
+            }
+        }
+        DatabaseLocation::Postgres(url) => {
+            opened = Db::look_postgres(url, Context::new()).await?;
+            Rows::Db(&opened)
+        }
+    };
+    let report = Check {
+        rows,
+        objects,
+        options,
+        progress,
+        report: VerifyReport::default(),
+    }
+    .run()
+    .await;
+    drop(lock);
+    report
+}
+
+impl Store {
+    /// The same checks as [`verify_store`] inside this store, on either engine, and the audit chain.
+    ///
+    /// # Errors
+    /// As [`verify_at`].
+    #[doc(hidden)]
+    pub async fn verify_open(&self) -> Result<VerifyReport, Error> {
+        let mut report = Check {
+            rows: Rows::Db(&self.0.db),
+            objects: self.0.objects.clone(),
+            options: VerifyOptions::default(),
+            progress: &|_| {},
+            report: VerifyReport::default(),
+        }
+        .run()
+        .await?;
+        if let Err(problem) = self.0.db.write(VerifyChain).await? {
+            report.problem(problem);
         }
         Ok(report)
-    })
-    .await
-    .unwrap_or(Err(Error::Stopped))
+    }
+}
+
+struct VerifyChain;
+
+impl Body for VerifyChain {
+    type Output = Result<u64, String>;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Self::Output, Error> {
+        audit::verify(tx).await
+    }
 }
 
 /// Checks the chain of the audit rows; returns how many are sealed.
@@ -129,187 +260,426 @@ fn check_present(dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// A blob whose object did not fit, or was not looked at yet, to be looked at once more.
-pub(crate) struct Doubt {
+fn check_directory(dir: &Path) -> Result<(), Error> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    Err(Error::NoDirectory(dir.to_owned()))
+}
+
+impl VerifyReport {
+    /// Adds a problem. The list has an end; what comes after it is counted.
+    pub(crate) fn problem(&mut self, text: String) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(text);
+        } else {
+            self.more_problems += 1;
+        }
+    }
+}
+
+/// Where the rows are read.
+enum Rows<'a> {
+    /// A SQLite file that another process may be writing.
+    File { path: PathBuf, alone: bool },
+    /// A database that is open here.
+    Db(&'a Db),
+}
+
+impl Rows<'_> {
+    /// One moment of the database; `None` for a SQLite database that is open here.
+    async fn snapshot(&self) -> Result<Option<Tx>, Error> {
+        match self {
+            Self::File { path, alone } => {
+                let (path, alone) = (path.clone(), *alone);
+                blocking(move || sql::sqlite_snapshot(&path, alone, Context::new()))
+                    .await
+                    .map(Some)
+            }
+            Self::Db(db) => db.snapshot().await,
+        }
+    }
+
+    /// Runs one statement, each in a moment of its own.
+    async fn query(
+        &self,
+        statement: &'static Statement,
+        values: Vec<Value>,
+    ) -> Result<Vec<Row>, Error> {
+        match self {
+            Self::File { .. } => match self.snapshot().await? {
+                Some(mut tx) => tx.query(statement, &values).await,
+                None => Ok(Vec::new()),
+            },
+            Self::Db(db) => db.scan(statement, values).await,
+        }
+    }
+
+    /// Which of these keys a row knows.
+    async fn known(&self, keys: &[StorageKey]) -> Result<BTreeSet<String>, Error> {
+        let mut known = BTreeSet::new();
+        let mut snapshot = self.snapshot().await?;
+        for key in keys {
+            let values = [key.as_str().into()];
+            let rows = match &mut snapshot {
+                Some(tx) => tx.query(&KNOWN, &values).await?,
+                None => self.query(&KNOWN, values.to_vec()).await?,
+            };
+            if !rows.is_empty() {
+                known.insert(key.as_str().to_owned());
+            }
+        }
+        Ok(known)
+    }
+}
+
+/// One check of a whole store.
+struct Check<'a> {
+    rows: Rows<'a>,
+    objects: Objects,
+    options: VerifyOptions,
+    progress: &'a (dyn Fn(VerifyProgress) + Send + Sync),
+    report: VerifyReport,
+}
+
+/// What a reading of an object found.
+struct Reading {
     blob: i64,
     key: StorageKey,
     digest: Digest,
     size: u64,
-    pub(crate) problem: String,
+    verdict: Verdict,
 }
 
-/// Reads the objects of doubts that are not files, outside of any transaction, and keeps those that do not fit.
-pub(crate) async fn check_remote(
-    objects: &Objects,
-    doubts: Vec<Doubt>,
-    report: &mut VerifyReport,
-) -> Vec<Doubt> {
-    let mut kept = Vec::new();
-    for mut doubt in doubts {
-        let (key, digest) = (&doubt.key, &doubt.digest);
-        doubt.problem = match objects.digest(key, doubt.size, digest.algorithm()).await {
-            Ok(actual) if actual == *digest => {
-                report.bytes += doubt.size;
-                continue;
+impl Check<'_> {
+    async fn run(mut self) -> Result<VerifyReport, Error> {
+        let manifests = single(&self.rows.query(&COUNT_MANIFESTS, Vec::new()).await?)?;
+        match self.rows.snapshot().await? {
+            Some(mut tx) => {
+                for problem in sql::check_sqlite(&mut tx)? {
+                    self.report.problem(problem);
+                }
+                check_rows(&mut tx, &mut self.report, &|report| {
+                    (self.progress)(VerifyProgress {
+                        phase: "manifests",
+                        done: report.manifests,
+                        total: Some(manifests),
+                        bytes: report.bytes,
+                    });
+                })
+                .await?;
             }
-            Ok(actual) => format!(
-                "object `{}` has digest `{actual}`, its blob is `{digest}`",
-                objects.describe(key).display()
-            ),
-            Err(error) => format!("blob `{digest}`: {error}"),
-        };
-        kept.push(doubt);
+            None => {
+                if let Rows::Db(db) = &self.rows {
+                    self.report = db.write(CheckRows).await?;
+                }
+            }
+        }
+        self.check_blobs().await?;
+        self.check_strays().await?;
+        Ok(self.report)
     }
-    kept
+
+    /// Reads every blob, several at once.
+    async fn check_blobs(&mut self) -> Result<(), Error> {
+        let total = single(&self.rows.query(&COUNT_BLOBS, Vec::new()).await?)?;
+        let mut readings = JoinSet::new();
+        let mut last = i64::MIN;
+        loop {
+            let rows = self.rows.query(&BLOBS, vec![last.into()]).await?;
+            if rows.is_empty() {
+                break;
+            }
+            for row in &rows {
+                last = row.i64(0)?;
+                self.report.blobs += 1;
+                let digest = row.digest(1)?;
+                let size = row.u64(2)?;
+                match (row.opt_bytes(3)?, row.opt_text(4)?) {
+                    (Some(body), None) => {
+                        self.report.bytes += body.len() as u64;
+                        if body.len() as u64 != size || !digest.matches(&body) {
+                            self.report.problem(format!(
+                                "the bytes in the row of blob `{digest}` are damaged"
+                            ));
+                        }
+                    }
+                    (None, Some(key)) => match StorageKey::parse(&key) {
+                        Err(error) => self.report.problem(format!("blob `{digest}`: {error}")),
+                        Ok(key) => {
+                            while readings.len() >= self.options.parallel.max(1) {
+                                self.take_reading(&mut readings).await?;
+                            }
+                            let objects = self.objects.clone();
+                            let (blob, hashes) = (last, self.options.hash);
+                            readings.spawn(async move {
+                                let verdict = examine(&objects, &key, &digest, size, hashes).await;
+                                Reading {
+                                    blob,
+                                    key,
+                                    digest,
+                                    size,
+                                    verdict,
+                                }
+                            });
+                        }
+                    },
+                    _ => self.report.problem(format!(
+                        "blob `{digest}` has its bytes in two places or in none"
+                    )),
+                }
+            }
+            (self.progress)(VerifyProgress {
+                phase: "blobs",
+                done: self.report.blobs,
+                total: Some(total),
+                bytes: self.report.bytes,
+            });
+        }
+        while !readings.is_empty() {
+            self.take_reading(&mut readings).await?;
+        }
+        Ok(())
+    }
+
+    async fn take_reading(&mut self, readings: &mut JoinSet<Reading>) -> Result<(), Error> {
+        let Some(reading) = readings.join_next().await else {
+            return Ok(());
+        };
+        let reading = reading.map_err(|_| Error::Stopped)?;
+        let problem = match reading.verdict {
+            Verdict::Sound => {
+                if self.options.hash {
+                    self.report.bytes += reading.size;
+                }
+                return Ok(());
+            }
+            Verdict::Damaged(problem) => problem,
+            Verdict::Unknown(error) => format!("it cannot be read now: {error}"),
+        };
+        // It may be gone, or healed, since its row was read.
+        let rows = self
+            .rows
+            .query(&BLOB_KEY, vec![reading.blob.into()])
+            .await?;
+        let key = match rows.first() {
+            Some(row) => row.opt_text(0)?,
+            None => None,
+        };
+        if key.as_deref() == Some(reading.key.as_str()) {
+            self.report.problem(format!(
+                "object `{}` of blob `{}`: {problem}",
+                self.objects.describe(&reading.key).display(),
+                reading.digest
+            ));
+        }
+        Ok(())
+    }
+
+    /// Looks for objects that no row knows.
+    async fn check_strays(&mut self) -> Result<(), Error> {
+        let parts = match self.objects.files() {
+            Some(files) => {
+                let files = Arc::clone(files);
+                blocking(move || files.parts())
+                    .await?
+                    .into_iter()
+                    .map(Some)
+                    .collect()
+            }
+            None => vec![None],
+        };
+        let mut seen = 0;
+        for part in parts {
+            let listed = match (part, self.objects.files()) {
+                (Some(part), Some(files)) => {
+                    let files = Arc::clone(files);
+                    blocking(move || files.list_part(&part)).await?
+                }
+                _ => self.objects.list().await?,
+            };
+            for page in listed.chunks(KEYS) {
+                let keys: Vec<_> = page.iter().filter_map(|(_, key)| key.clone()).collect();
+                let known = self.rows.known(&keys).await?;
+                for (path, key) in page {
+                    let stray = match key {
+                        None => true,
+                        Some(key) => {
+                            !known.contains(key.as_str()) && self.is_there(path, key).await?
+                        }
+                    };
+                    if stray {
+                        self.report
+                            .problem(format!("`{}` belongs to nothing", path.display()));
+                    }
+                }
+                seen += page.len() as u64;
+                (self.progress)(VerifyProgress {
+                    phase: "objects",
+                    done: seen,
+                    total: None,
+                    bytes: self.report.bytes,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What went since it was listed went with its row.
+    async fn is_there(&self, path: &Path, key: &StorageKey) -> Result<bool, Error> {
+        match &self.objects {
+            Objects::Directory(_) => Ok(path.exists()),
+            Objects::S3(s3) => Ok(s3.size(key).await?.is_some()),
+        }
+    }
 }
 
-/// All checks in one snapshot. Without `objects`, which are files, every blob outside of its row is a doubt.
-pub(crate) async fn check(
+/// Reads one object, or looks at its length.
+async fn examine(
+    objects: &Objects,
+    key: &StorageKey,
+    digest: &Digest,
+    size: u64,
+    hashes: bool,
+) -> Verdict {
+    if let (false, Objects::S3(s3)) = (hashes, objects) {
+        return match s3.size(key).await {
+            Ok(Some(found)) if found == size => Verdict::Sound,
+            Ok(Some(found)) => Verdict::Damaged(format!("it has {found} bytes, not {size}")),
+            Ok(None) => Verdict::Damaged("it is missing".to_owned()),
+            Err(error) => Verdict::of_failure(error),
+        };
+    }
+    match objects.read(key, size) {
+        Ok(_) if !hashes => Verdict::Sound,
+        Ok(content) => {
+            let blob = Blob { size, content };
+            scrub::hash(&blob, digest, |_| std::future::ready(())).await
+        }
+        Err(error) => Verdict::of_failure(error),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(Error::Stopped))
+}
+
+/// The checks of rows on a SQLite database that is open here: its one writer is the snapshot.
+struct CheckRows;
+
+impl Body for CheckRows {
+    type Output = VerifyReport;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<VerifyReport, Error> {
+        let mut report = VerifyReport {
+            problems: sql::check_sqlite(tx)?,
+            ..VerifyReport::default()
+        };
+        check_rows(tx, &mut report, &|_| {}).await?;
+        Ok(report)
+    }
+}
+
+/// What rows say of one another.
+async fn check_rows(
     tx: &mut Tx,
-    objects: Option<&FileSystem>,
-    listed: Vec<(PathBuf, Option<StorageKey>)>,
     report: &mut VerifyReport,
-    doubts: &mut Vec<Doubt>,
+    progress: &(dyn Fn(&VerifyReport) + Send + Sync),
 ) -> Result<(), Error> {
-    check_blobs(tx, objects, report, doubts).await?;
-    check_manifests(tx, report).await?;
+    check_manifests(tx, report, progress).await?;
     check_tags(tx, report).await?;
     check_uploads(tx, report).await?;
     usage::check(tx, &mut report.problems).await?;
     for row in tx.query(&UNFILLED, &[]).await? {
-        report.problems.push(format!(
+        report.problem(format!(
             "an edge of repository `{}` to blob `{}` is not filled although the blob is there",
             row.text(0)?,
             row.digest(1)?
         ));
     }
+    check_queue(tx, report).await?;
+    for row in tx.query(&WRONG_PIN, &[]).await? {
+        report.problem(format!(
+            "the pin of `{}` on `{}` points to another manifest or to none",
+            row.text(0)?,
+            row.digest(1)?
+        ));
+    }
+    for row in tx.query(&LOST_TAG, &[]).await? {
+        report.problem(format!(
+            "tag `{}:{}` is not there although its history says so",
+            row.text(0)?,
+            row.text(1)?
+        ));
+    }
+    for row in tx.query(&HISTORY_GAP, &[]).await? {
+        report.problem(format!(
+            "the history of tag `{}:{}` has a gap",
+            row.text(0)?,
+            row.text(1)?
+        ));
+    }
+    for row in tx.query(&DOOMED, &[]).await? {
+        report.problem(format!(
+            "object `{}` is used and is to be deleted",
+            row.text(0)?
+        ));
+    }
+    for row in tx.query(&EVENT_GAP, &[]).await? {
+        let missing = row.i64(0)?;
+        if missing != 0 {
+            report.problem(format!(
+                "the numbers of the events have a gap: {missing} are missing"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Everything that nothing holds waits in the queue, else it would never be collected.
+async fn check_queue(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error> {
     for row in tx.query(&UNUSED_QUEUE, &[]).await? {
-        report.problems.push(format!(
+        report.problem(format!(
             "blob {} of repository {} is held by nothing and waits in no queue",
             row.i64(1)?,
             row.i64(0)?
         ));
     }
-    for (path, key) in listed {
-        let known = match &key {
-            Some(key) => tx
-                .query_opt(&KNOWN, &[key.as_str().into()])
-                .await?
-                .is_some(),
-            None => false,
-        };
-        // What went between the listing and the snapshot went with its row.
-        if !known && (objects.is_none() || path.exists()) {
-            report
-                .problems
-                .push(format!("`{}` belongs to nothing", path.display()));
-        }
+    for row in tx.query(&UNHELD_BLOB, &[]).await? {
+        report.problem(format!(
+            "blob `{}` is in no repository and waits in no queue",
+            row.digest(0)?
+        ));
+    }
+    for row in tx.query(&UNHELD_MANIFEST, &[]).await? {
+        report.problem(format!(
+            "manifest `{}@{}` is held by nothing and waits in no queue",
+            row.text(0)?,
+            row.digest(1)?
+        ));
+    }
+    for row in tx.query(&UNQUEUED_UPLOAD, &[]).await? {
+        report.problem(format!("upload `{}` waits in no queue", row.text(0)?));
+    }
+    for row in tx.query(&UNQUEUED_REPOSITORY, &[]).await? {
+        report.problem(format!(
+            "repository `{}` was deleted and waits in no queue",
+            row.opt_text(0)?.unwrap_or_default()
+        ));
     }
     Ok(())
 }
 
-async fn check_blobs(
+async fn check_manifests(
     tx: &mut Tx,
-    objects: Option<&FileSystem>,
     report: &mut VerifyReport,
-    doubts: &mut Vec<Doubt>,
+    progress: &(dyn Fn(&VerifyReport) + Send + Sync),
 ) -> Result<(), Error> {
-    let mut last = i64::MIN;
-    loop {
-        let rows = tx.query(&BLOBS, &[last.into()]).await?;
-        for row in &rows {
-            last = row.i64(0)?;
-            report.blobs += 1;
-            let digest = row.digest(1)?;
-            let size = row.u64(2)?;
-            match (row.opt_bytes(3)?, row.opt_text(4)?) {
-                (Some(body), None) => {
-                    report.bytes += body.len() as u64;
-                    if body.len() as u64 != size || !digest.matches(&body) {
-                        report.problems.push(format!(
-                            "the bytes in the row of blob `{digest}` are damaged"
-                        ));
-                    }
-                }
-                (None, Some(key)) => {
-                    let key = match StorageKey::parse(&key) {
-                        Ok(key) => key,
-                        Err(error) => {
-                            report.problems.push(format!("blob `{digest}`: {error}"));
-                            continue;
-                        }
-                    };
-                    let checked = objects.map_or(Err(String::new()), |files| {
-                        check_object(files, &key, &digest, size)
-                    });
-                    match checked {
-                        Ok(()) => report.bytes += size,
-                        Err(problem) => doubts.push(Doubt {
-                            blob: last,
-                            key,
-                            digest,
-                            size,
-                            problem,
-                        }),
-                    }
-                }
-                _ => report.problems.push(format!(
-                    "blob `{digest}` has its bytes in two places or in none"
-                )),
-            }
-        }
-        if rows.is_empty() {
-            return Ok(());
-        }
-    }
-}
-
-fn check_object(
-    objects: &FileSystem,
-    key: &StorageKey,
-    digest: &Digest,
-    size: u64,
-) -> Result<(), String> {
-    let path = objects.path(key);
-    let file = objects.read(key, size).map_err(|error| match error {
-        Error::Io { source, .. } => {
-            format!("object `{}` of blob `{digest}`: {source}", path.display())
-        }
-        other => format!("blob `{digest}`: {other}"),
-    })?;
-    let actual = digest_of_file(digest.algorithm(), file)
-        .map_err(|error| format!("object `{}` cannot be read: {error}", path.display()))?;
-    if actual == *digest {
-        Ok(())
-    } else {
-        Err(format!(
-            "object `{}` has digest `{actual}`, its blob is `{digest}`",
-            path.display()
-        ))
-    }
-}
-
-/// Keeps the doubts whose row still names the same object.
-pub(crate) async fn settle(
-    tx: &mut Tx,
-    doubts: Vec<Doubt>,
-    report: &mut VerifyReport,
-) -> Result<(), Error> {
-    for doubt in doubts {
-        let key = tx
-            .query_opt(&BLOB_KEY, &[doubt.blob.into()])
-            .await?
-            .map(|row| row.opt_text(0))
-            .transpose()?
-            .flatten();
-        if key.as_deref() == Some(doubt.key.as_str()) {
-            report.problems.push(doubt.problem);
-        }
-    }
-    Ok(())
-}
-
-async fn check_manifests(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error> {
     let mut last = i64::MIN;
     loop {
         let rows = tx.query(&MANIFESTS, &[last.into()]).await?;
@@ -318,6 +688,7 @@ async fn check_manifests(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), E
             report.manifests += 1;
             check_manifest(tx, row, report).await?;
         }
+        progress(report);
         if rows.is_empty() {
             return Ok(());
         }
@@ -330,17 +701,13 @@ async fn check_manifest(tx: &mut Tx, row: &Row, report: &mut VerifyReport) -> Re
     let body = row.bytes(4)?;
     report.bytes += body.len() as u64;
     if body.len() as u64 != row.u64(3)? || !digest.matches(&body) {
-        report
-            .problems
-            .push(format!("the bytes of {name} are damaged"));
+        report.problem(format!("the bytes of {name} are damaged"));
         return Ok(());
     }
     let view = match Manifest::parse(&body, &row.text(2)?) {
         Ok(view) => view,
         Err(error) => {
-            report
-                .problems
-                .push(format!("{name} cannot be read: {error}"));
+            report.problem(format!("{name} cannot be read: {error}"));
             return Ok(());
         }
     };
@@ -353,27 +720,21 @@ async fn check_manifest(tx: &mut Tx, row: &Row, report: &mut VerifyReport) -> Re
     for edge in tx.query(&EDGES, &[row.i64(0)?.into()]).await? {
         let target = edge.digest(0)?;
         if edge.i64(1)? == 2 {
-            report
-                .problems
-                .push(format!("the edge of {name} to `{target}` points elsewhere"));
+            report.problem(format!("the edge of {name} to `{target}` points elsewhere"));
         }
         edges.insert(target);
     }
     for missing in named.difference(&edges) {
-        report
-            .problems
-            .push(format!("{name} names `{missing}` but has no edge to it"));
+        report.problem(format!("{name} names `{missing}` but has no edge to it"));
     }
     for surplus in edges.difference(&named) {
-        report.problems.push(format!(
+        report.problem(format!(
             "{name} has an edge to `{surplus}`, which it does not name"
         ));
     }
     let subject = view.subject.map(|subject| subject.digest);
     if subject != row.opt_digest(5)? {
-        report
-            .problems
-            .push(format!("the subject in the row of {name} is another one"));
+        report.problem(format!("the subject in the row of {name} is another one"));
     }
     if let Some(subject) = subject {
         let key = [row.i64(7)?.into(), (&digest).into()];
@@ -382,7 +743,7 @@ async fn check_manifest(tx: &mut Tx, row: &Row, report: &mut VerifyReport) -> Re
             linked |= link.digest(0)? == subject;
         }
         if !linked {
-            report.problems.push(format!(
+            report.problem(format!(
                 "{name} is not listed as a referrer of its subject `{subject}`"
             ));
         }
@@ -402,13 +763,9 @@ async fn check_tags(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error>
             let name = format!("tag `{}:{last}`", row.text(1)?);
             let points_to = row.opt_digest(4)?;
             if points_to.is_none() {
-                report
-                    .problems
-                    .push(format!("{name} points to no manifest of its repository"));
+                report.problem(format!("{name} points to no manifest of its repository"));
             } else if points_to != row.opt_digest(5)? || row.opt_i64(6)? != Some(row.i64(3)?) {
-                report
-                    .problems
-                    .push(format!("{name} is not where its history says"));
+                report.problem(format!("{name} is not where its history says"));
             }
         }
         if rows.is_empty() {
@@ -430,9 +787,7 @@ async fn check_uploads(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Err
                 (key, None) => key.is_some() || row.opt_text(4)?.is_some(),
             };
             if !sound {
-                report
-                    .problems
-                    .push(format!("the row of upload {last} contradicts itself"));
+                report.problem(format!("the row of upload {last} contradicts itself"));
             }
         }
         if rows.is_empty() {
@@ -440,3 +795,8 @@ async fn check_uploads(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Err
         }
     }
 }
+
+/// Problems that are told; more are counted.
+const MAX_PROBLEMS: usize = 10_000;
+/// Objects whose rows are looked up in one moment.
+const KEYS: usize = 1000;

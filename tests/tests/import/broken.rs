@@ -87,7 +87,7 @@ fn a_broken_distribution_directory() {
         .expect("a file can be written");
     std::fs::write(data_of(&manifest), b"{}").expect("a file can be written");
     // A repository behind a link, and a loop.
-    symlink(&scratch.dir("elsewhere"), repositories.join("team/linked"))
+    symlink(scratch.dir("elsewhere"), repositories.join("team/linked"))
         .expect("a link can be made");
     symlink("..", repositories.join("team/loop")).expect("a link can be made");
 

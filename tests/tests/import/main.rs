@@ -9,6 +9,8 @@ mod distribution;
 #[cfg(test)]
 mod layout;
 #[cfg(test)]
+mod migrate;
+#[cfg(test)]
 mod zot;
 
 use std::collections::BTreeMap;

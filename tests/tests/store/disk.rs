@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use e2e::http::Connection;
+use e2e::http::{Connection, Response};
 use e2e::server::{Options, signal};
 use e2e::{Run, Scratch, Server, digest, image, tools};
 
@@ -75,6 +75,19 @@ fn keepsake(server: &Server) -> impl Fn(&Server) + use<> {
     }
 }
 
+/// Wants a write to be refused for the disk: 507 of the one that met it, 503 of those that come while it lasts.
+#[track_caller]
+fn no_room(answer: &Response) {
+    let status = answer.status();
+    assert!(
+        status == 507 || status == 503,
+        "{status}: {}",
+        answer.text()
+    );
+    refused(answer, status, "UNKNOWN", "free some space");
+    assert!(answer.header("retry-after").is_some());
+}
+
 #[test]
 fn a_full_disk_in_the_middle_of_an_upload_is_told_and_recovers() {
     let scratch = Scratch::new();
@@ -93,7 +106,7 @@ fn a_full_disk_in_the_middle_of_an_upload_is_told_and_recovers() {
             let answer = patch(&server, &upload, 2 * MIB, chunk);
             (answer.status() != 416).then_some(answer)
         });
-        refused(&answer, 507, "UNKNOWN", "free some space");
+        no_room(&answer);
         assert!(answer.header("retry-after").is_some());
         kept(&server);
     }
@@ -103,7 +116,7 @@ fn a_full_disk_in_the_middle_of_an_upload_is_told_and_recovers() {
         &[],
         &whole,
     );
-    refused(&single, 507, "UNKNOWN", "free some space");
+    no_room(&single);
     // What was recorded is still there.
     assert_eq!(offset_of(&server.get(&upload)), 2 * MIB as u64);
     kept(&server);
@@ -148,15 +161,10 @@ fn a_disk_without_a_byte_refuses_every_write_and_serves_every_read() {
         last = Some(answer);
         break;
     }
-    refused(
-        &last.expect("the disk gets full"),
-        507,
-        "UNKNOWN",
-        "free some space",
-    );
+    no_room(&last.expect("the disk gets full"));
     for _ in 0..3 {
         let answer = server.request("POST", "/v2/full/rows/blobs/uploads/", &[], &[]);
-        refused(&answer, 507, "UNKNOWN", "free some space");
+        no_room(&answer);
         kept(&server);
         for wanted in &stored {
             holds(&server, "full/rows", wanted);
@@ -168,7 +176,7 @@ fn a_disk_without_a_byte_refuses_every_write_and_serves_every_read() {
         &[("Content-Type", image::MANIFEST)],
         &server.get("/v2/kept/app/manifests/v1").body,
     );
-    refused(&answer, 507, "UNKNOWN", "free some space");
+    no_room(&answer);
     assert_eq!(server.get("/v2/kept/app/manifests/v2").status(), 404);
     assert!(server.runs(), "{}", server.logged());
 
@@ -185,6 +193,91 @@ fn a_disk_without_a_byte_refuses_every_write_and_serves_every_read() {
     server.stop();
     verify(&disk.data());
     drop(server);
+}
+
+#[test]
+fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
+    let scratch = Scratch::new();
+    let disk = Disk::new(&scratch, "64m");
+    let options = Options::new(tools::program())
+        .data(disk.data())
+        .config("version: 1\nstorage: {floor: 2MiB}\ngc: {read_grace: 1s, keep_deleted: 1s}\n");
+    let mut server = Server::with(&options);
+    let kept = keepsake(&server);
+    let reserve = disk.data().join("reserve");
+    wait_for("the reserve", || reserve.exists().then_some(()));
+    // Something whose deletion makes room.
+    let large = noise(21, 12 * MIB);
+    let wanted = image::push_blob(server.url(), "full/large", &large);
+    disk.fill(0);
+    let told = wait_for("the read-only mode", || {
+        let body = server.get("/readyz");
+        assert_eq!(body.status(), 200);
+        body.text().contains("read-only").then(|| body.text())
+    });
+    assert!(told.contains("free some space"), "{told}");
+    let answer = server.request("POST", "/v2/full/app/blobs/uploads/", &[], &[]);
+    refused(&answer, 503, "UNKNOWN", "free some space");
+    assert_eq!(answer.header("retry-after"), Some("30"));
+    assert!(
+        server
+            .get("/metrics")
+            .text()
+            .contains("longshore_read_only{cause=\"disk\"} 1")
+    );
+    kept(&server);
+    holds(&server, "full/large", &wanted);
+    // The reserve is there for the collector, so a deletion goes through, and so does the collection after it.
+    let gone = wait_for("the deletion", || {
+        let answer = server.request(
+            "DELETE",
+            &format!("/v2/full/large/blobs/{wanted}"),
+            &[],
+            &[],
+        );
+        (answer.status() == 202).then_some(())
+    });
+    let () = gone;
+    wait_for("the end of the read-only mode", || {
+        (server.get("/readyz").text() == "ok\n").then_some(())
+    });
+    wait_for("the reserve", || reserve.exists().then_some(()));
+    let bytes = noise(22, 300_000);
+    image::push_blob(server.url(), "full/app", &bytes);
+    kept(&server);
+    let log = server.logged();
+    assert_eq!(log.matches("the disk is full").count(), 1, "{log}");
+    server.stop();
+    verify(&disk.data());
+}
+
+#[test]
+fn a_server_on_a_full_disk_ends_cleanly_and_starts_again() {
+    let scratch = Scratch::new();
+    let disk = Disk::new(&scratch, "32m");
+    let mut server = Server::with(&Options::new(tools::program()).data(disk.data()));
+    let kept = keepsake(&server);
+    disk.fill(0);
+    wait_for("the read-only mode", || {
+        server
+            .get("/readyz")
+            .text()
+            .contains("read-only")
+            .then_some(())
+    });
+    // Whatever the reserve gave is taken, too.
+    let ballast = disk.0.join("more");
+    let stat = rustix::fs::statvfs(&disk.0).unwrap();
+    let free = usize::try_from(stat.f_bavail * stat.f_frsize).unwrap();
+    drop(std::fs::write(&ballast, vec![1; free]));
+    let status = server.stop();
+    assert_eq!(status.code(), Some(0), "{}", server.logged());
+    std::fs::remove_file(&ballast).unwrap();
+    disk.free();
+    server.restart();
+    kept(&server);
+    server.stop();
+    verify(&disk.data());
 }
 
 /// A tracer that makes system calls of a server fail.

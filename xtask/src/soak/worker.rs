@@ -192,7 +192,8 @@ impl Worker {
             41..47 => self.referrer(name),
             47..59 => self.move_tag(name),
             59..64 => self.revive(name),
-            64..78 => self.delete(name),
+            64..72 => self.delete(name),
+            72..78 => self.replace(name),
             78..80 => self.give_up(name),
             80..81 => self.delete_blob(),
             81..82 => self.delete_repository(),
@@ -599,6 +600,59 @@ impl Worker {
         }
     }
 
+    /// Puts a successor in the place of an image, as a client does that asks first, finds the layers there, deletes the old
+    /// one, and pushes the new one a moment later. Between the two nothing but the promise keeps the layers.
+    fn replace(&mut self, repository: &str) -> anyhow::Result<()> {
+        let known = self.known(repository).clone();
+        let images: Vec<_> = known
+            .tags
+            .iter()
+            .filter(|(_, digest)| {
+                let manifest = known.manifests.get(*digest);
+                manifest.is_some_and(|it| it.stands_alone() && it.media_type == MANIFEST)
+            })
+            .collect();
+        let Some((tag, old)) = self.one_of(images.iter()) else {
+            return self.push(repository);
+        };
+        let Some(manifest) = known.manifests.get(old) else {
+            return Ok(());
+        };
+        let mut until = Vec::new();
+        for blob in &manifest.blobs {
+            let asked = Instant::now();
+            self.event("HEAD of a blob");
+            let target = format!("/v2/{repository}/blobs/{}", blob.digest);
+            let answer = self.send("HEAD", &target, &[], &[])?;
+            if answer.status() != 200 {
+                // A tag of ours keeps it.
+                self.wrong(Kind::Lost, format!("HEAD {target}: {}", answer.status()));
+                return Ok(());
+            }
+            until.push(asked + self.shared.lease / 2);
+        }
+        self.event("delete of a manifest");
+        let target = format!("/v2/{repository}/manifests/{old}");
+        let answer = self.send("DELETE", &target, &[], &[])?;
+        match answer.status() {
+            202 => self.known(repository).deleted(old),
+            405 | 409 if known.named.contains(old) => {}
+            _ => return Err(refused("DELETE of a manifest", &answer)),
+        }
+        // Time for the collector, if it would take what it must not.
+        let most = u64::try_from(self.shared.lease.as_millis() * 2 / 5).unwrap_or(0);
+        std::thread::sleep(Duration::from_millis(self.random.below(most)));
+        self.made += 1;
+        let json: serde_json::Value = serde_json::from_str(&manifest.body)?;
+        let mut body = json;
+        body["annotations"] = json!({"worker": self.id.to_string(), "made": self.made.to_string()});
+        let successor = Manifest {
+            body: body.to_string(),
+            ..manifest.clone()
+        };
+        self.judge_push(repository, successor, Some(tag), &until)
+    }
+
     /// An upload that is given up.
     fn give_up(&mut self, repository: &str) -> anyhow::Result<()> {
         self.event("upload given up");
@@ -778,6 +832,36 @@ impl Worker {
         Ok(looked)
     }
 
+    /// Takes in what refers to something that is kept and was released before: a subject that came back keeps what still
+    /// refers to it.
+    pub(super) fn adopt(&mut self) -> anyhow::Result<()> {
+        for name in self.repositories.keys().cloned().collect::<Vec<_>>() {
+            let mut open: Vec<String> = self.known(&name).manifests.keys().cloned().collect();
+            while let Some(subject) = open.pop() {
+                let answer =
+                    self.send("GET", &format!("/v2/{name}/referrers/{subject}"), &[], &[])?;
+                if answer.status() != 200 {
+                    return Err(refused("GET of referrers", &answer));
+                }
+                for entry in answer.json()["manifests"].as_array().into_iter().flatten() {
+                    let found = entry["digest"].as_str().unwrap_or_default().to_owned();
+                    if self.known(&name).manifests.contains_key(&found) {
+                        continue;
+                    }
+                    let target = format!("/v2/{name}/manifests/{found}");
+                    let answer = self.send("GET", &target, &[("Accept", MANIFEST)], &[])?;
+                    if answer.status() != 200 {
+                        return Err(refused("GET of a referrer", &answer));
+                    }
+                    let manifest = parsed(&answer, &subject);
+                    self.known(&name).manifests.insert(found.clone(), manifest);
+                    open.push(found);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes every tag.
     pub(super) fn delete_all(&mut self) -> anyhow::Result<()> {
         for (name, known) in self.repositories.clone() {
@@ -830,6 +914,30 @@ fn refused(what: &'static str, answer: &Response) -> anyhow::Error {
         text: short(answer),
     };
     refused.into()
+}
+
+/// A referrer as it was read.
+fn parsed(answer: &Response, subject: &str) -> Manifest {
+    let json = answer.json();
+    let mut blobs: Vec<Blob> = Vec::new();
+    for descriptor in
+        std::iter::once(&json["config"]).chain(json["layers"].as_array().into_iter().flatten())
+    {
+        let blob = Blob {
+            digest: descriptor["digest"].as_str().unwrap_or_default().to_owned(),
+            size: usize::try_from(descriptor["size"].as_u64().unwrap_or_default()).unwrap_or(0),
+        };
+        if !blobs.contains(&blob) {
+            blobs.push(blob);
+        }
+    }
+    Manifest {
+        body: answer.text(),
+        media_type: MANIFEST,
+        blobs,
+        children: Vec::new(),
+        subject: Some(subject.to_owned()),
+    }
 }
 
 fn short(answer: &Response) -> String {

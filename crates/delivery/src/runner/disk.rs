@@ -4,6 +4,7 @@
 //! <state>/targets/<name>/lock           held by the agent that runs the target
 //!                        state.json     the machine's state, replaced whole
 //!                        attempts.jsonl the ledger
+//!                        reported.json  how far the registry was told of it
 //!                        releases/      <algorithm>-<hex>/ (immutable) and <algorithm>-<hex>.json (its configuration)
 //!                        staging/       downloads that are not whole yet
 //!                        engine/        the engine's own
@@ -154,6 +155,29 @@ impl Paths {
         replace(&self.state(), &bytes)
     }
 
+    /// How far the ledger was sent; what cannot be read counts as nothing, the registry knows it too.
+    pub fn load_shipped(&self) -> Option<Shipped> {
+        let bytes = std::fs::read(self.shipped()).ok()?;
+        serde_json::from_slice(&bytes)
+            .ok()
+            .filter(|shipped: &Shipped| shipped.version == Shipped::VERSION)
+    }
+
+    /// Writes down how far the ledger was sent.
+    ///
+    /// # Errors
+    /// When the disk is full or fails.
+    pub fn save_shipped(&self, shipped: &Shipped) -> Result<(), RunnerError> {
+        let path = self.shipped();
+        let bytes =
+            serde_json::to_vec(shipped).map_err(|error| io_error("write", &path)(error.into()))?;
+        replace(&path, &bytes)
+    }
+
+    fn shipped(&self) -> PathBuf {
+        self.root.join("reported.json")
+    }
+
     /// Removes what is there of one download.
     pub fn discard(&self, digest: &Digest) {
         remove(&self.staging(digest));
@@ -211,6 +235,28 @@ impl Paths {
             serde_json::to_vec(kept).map_err(|error| io_error("write", &path)(error.into()))?;
         replace(&path, &bytes)
     }
+}
+
+/// How far a ledger was sent to a registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shipped {
+    /// Version of this form.
+    pub version: u32,
+    /// The registry.
+    pub host: String,
+    /// As whom.
+    pub holder: String,
+    /// The hash of the last record that was sent; empty before the first.
+    pub hash: String,
+    /// Where that record begins, in bytes.
+    pub begin: u64,
+    /// Where it ends.
+    pub end: u64,
+}
+
+impl Shipped {
+    /// The present version.
+    pub const VERSION: u32 = 1;
 }
 
 /// What is kept of a release beside its files, so that going back to it needs no registry.

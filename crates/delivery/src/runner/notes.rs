@@ -5,6 +5,7 @@ use tokio::time::Instant;
 use super::{LOOK, Retried, Runner, durably, report, source, timestamp};
 use crate::attempt::Record;
 use crate::machine::{Event, Phase, State};
+use crate::reporter::Releases;
 
 impl Runner {
     /// Ledger, log and clean-up after a transition.
@@ -160,9 +161,11 @@ impl Runner {
                 "a record of the ledger is lost"
             );
         }
+        self.setup.reporter.wrote(self.ledger.length());
     }
 
     pub(super) fn publish(&mut self) {
+        self.setup.reporter.need(Releases::of(&self.state));
         let running = self.state.running.as_ref().map(|running| &running.digest);
         if self.version.as_ref().map(|(digest, _)| digest) != running {
             self.version = running.map(|digest| {

@@ -10,6 +10,7 @@ use oci::{Digest, Reference};
 
 use crate::engine::BoxFuture;
 use crate::release::{self, FetchedRelease, ReleaseError};
+use crate::reporter::wire::{ClientReports, Reports};
 use crate::target::Target;
 
 /// What a runner asks a registry for.
@@ -64,6 +65,13 @@ pub trait Sources: Send + Sync {
         host: &'a str,
         after: Option<&'a str>,
     ) -> BoxFuture<'a, Result<Box<dyn Events>, StreamError>>;
+    /// How registries are told what runs here; `None`: not at all.
+    ///
+    /// # Errors
+    /// As [`Sources::source`].
+    fn reports(&self, _config: &client::Config) -> Result<Option<Arc<dyn Reports>>, String> {
+        Ok(None)
+    }
 }
 
 /// An open event stream.
@@ -119,6 +127,14 @@ impl Sources for ClientSources {
                 .map_err(stream_error)?;
             Ok(Box::new(ClientEvents { stream }) as Box<dyn Events>)
         })
+    }
+
+    fn reports(&self, config: &client::Config) -> Result<Option<Arc<dyn Reports>>, String> {
+        let client = client::Client::new(config.clone()).map_err(|error| chain(&error))?;
+        Ok(Some(Arc::new(ClientReports {
+            client,
+            config: config.clone(),
+        })))
     }
 }
 

@@ -13,7 +13,7 @@ use super::{LOOK, Message, Runner, RunnerError, durably, refusal, report, timest
 use crate::attempt::Record;
 use crate::control::{HealthStatus, PlanReport, Refusal, RefusalKind};
 use crate::engine::{BoxFuture, Deployment, Engine, EngineError, Plan, Sample, SampleState};
-use crate::machine::{Failure, Step, Trigger};
+use crate::machine::{Failure, Phase, Step, Trigger};
 use crate::observe::{Judgment, Watch, http, problem, with_http};
 use crate::release::{FetchedRelease, ReleaseConfig};
 
@@ -50,6 +50,11 @@ impl Outcome {
 impl Runner {
     /// Takes one step. Touches nothing of the runner itself, so that it can be dropped at any point.
     pub(super) async fn carry_out(&self, step: &Step) -> Outcome {
+        // What a release is made of must not vanish while it is fetched and applied. A way back needs no registry.
+        let going_back = matches!(self.state.phase, Phase::RollingBack { .. });
+        if matches!(step, Step::Fetch(_) | Step::Apply(_)) && !going_back {
+            self.setup.reporter.settle().await;
+        }
         let result = match step {
             Step::Fetch(digest) => self.fetch(digest).await,
             Step::Verify(digest) => self.verify(digest).await,

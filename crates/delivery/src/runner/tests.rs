@@ -20,6 +20,7 @@ fn open_with(fake: &Fake, state: &Path, target: Target) -> Started {
         engine: Some(Arc::new(fake.clone())),
         poll: Duration::from_mins(1),
         safety_poll: Duration::from_mins(10),
+        reporter: reporter::Handle::default(),
     };
     let paths = Paths::new(state, "shop");
     let (runner, handle) = Runner::open(setup, paths, Arc::new(fake.clone()), up).unwrap();
@@ -572,6 +573,7 @@ async fn one_runner_owns_a_target() {
         engine: None,
         poll: Duration::from_mins(1),
         safety_poll: Duration::from_mins(1),
+        reporter: reporter::Handle::default(),
     };
     let second = Runner::open(setup, Paths::new(state.path(), "shop"), Arc::new(fake), up);
     assert!(matches!(second, Err(RunnerError::Locked(_))));

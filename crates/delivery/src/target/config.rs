@@ -24,6 +24,10 @@ pub struct AgentConfig {
     pub client: client::Config,
     /// The registry (`host:port`) whose event stream is read; others are polled. Default: the hosts of all targets are tried.
     pub registry: Option<String>,
+    /// Tell registries of this program what runs here and how deployments went (yes).
+    pub report: bool,
+    /// The beginning of the names under which that is told; `None`: the user's name and this host's.
+    pub holder: Option<String>,
     /// The agent's state: attempts, releases, persistent data.
     pub state: PathBuf,
     /// The control socket.
@@ -154,6 +158,8 @@ struct RawRegistrySettings {
     password_file: Option<PathBuf>,
     docker_config: Option<PathBuf>,
     anonymous: Option<bool>,
+    report: Option<bool>,
+    holder: Option<Spanned<String>>,
 }
 
 /// A list of targets with names, or a mapping from names to targets.
@@ -330,6 +336,17 @@ impl<'de> Deserialize<'de> for RawTargets {
     }
 }
 
+/// Words with slashes between them, with room for a target's name.
+fn is_holder(name: &str) -> bool {
+    name.len() <= LONGEST_HOLDER
+        && !name.chars().any(char::is_control)
+        && name
+            .split('/')
+            .all(|word| !word.is_empty() && word != "." && word != "..")
+}
+
+const LONGEST_HOLDER: usize = 190;
+
 struct Reader<'a> {
     file: &'a str,
     base: &'a Path,
@@ -344,6 +361,17 @@ impl Reader<'_> {
             );
             return Err(self.invalid(raw.version.referenced, message));
         }
+        let report = raw.registry.0.report.unwrap_or(true);
+        let holder = match &raw.registry.0.holder {
+            Some(holder) if !is_holder(&holder.value) => {
+                let message = format!(
+                    "`holder`: `{}` is no name such as `host1` or `deploy/host1`, of at most {LONGEST_HOLDER} bytes",
+                    holder.value
+                );
+                return Err(self.invalid(holder.referenced, message));
+            }
+            holder => holder.as_ref().map(|holder| holder.value.clone()),
+        };
         let (client, registry) = self.registry(raw.registry.0)?;
         let state = raw
             .state
@@ -379,6 +407,8 @@ impl Reader<'_> {
             path: None,
             client,
             registry,
+            report,
+            holder,
             state,
             socket,
             poll: self.duration(raw.poll, POLL)?.max(Duration::from_secs(1)),

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use clap::Args;
+use client::longshore::api;
 use client::transfer::{self, Artifact, CopyOptions, CopyReport, FileLayer, Location};
 use oci::Reference;
 use oci::reference::TagOrDigest;
@@ -349,10 +350,13 @@ impl Tag {
     }
 }
 
-/// Delete a tag, or a manifest by digest (with all its tags).
+/// Delete a tag, a manifest by digest (with all its tags), or with `--repository` a whole repository.
 #[derive(Debug, Args)]
 pub(crate) struct Rm {
-    /// `host/repository:tag` or `host/repository@digest`.
+    /// Delete the whole repository that each reference names, with everything in it.
+    #[arg(long)]
+    repository: bool,
+    /// `host/repository:tag` or `host/repository@digest`; with `--repository`, `host/repository`.
     #[arg(required = true)]
     references: Vec<String>,
 }
@@ -362,23 +366,40 @@ impl Rm {
         let mut parsed = Vec::new();
         for text in &self.references {
             let reference = reference(text)?;
-            if reference.tag.is_none() && reference.digest.is_none() {
+            let whole = reference.tag.is_none() && reference.digest.is_none();
+            if whole && !self.repository {
                 return Err(Refused::new(
                     Exit::USAGE,
                     format!("`{text}` names neither a tag nor a digest"),
                 )
-                .hint("a whole repository is not deleted by accident: name each tag or digest")
+                .hint("a whole repository is not deleted by accident: name each tag or digest, or use `--repository`")
+                .into());
+            }
+            if self.repository && !whole {
+                return Err(Refused::new(
+                    Exit::USAGE,
+                    format!("`{text}` names more than a repository"),
+                )
+                .hint("`--repository` deletes whole repositories: leave out the tag and the digest")
                 .into());
             }
             parsed.push(reference);
         }
         let client = global.client()?;
         for reference in &parsed {
-            client
-                .repository(&reference.host, &reference.repository)
-                .delete_manifest(&reference.tag_or_digest())
-                .await
-                .with_context(|| format!("cannot delete `{reference}`"))?;
+            if self.repository {
+                let path = format!(
+                    "repositories/{}",
+                    api::path_of(reference.repository.as_str())
+                );
+                api::delete(&client, &reference.host, &path).await
+            } else {
+                client
+                    .repository(&reference.host, &reference.repository)
+                    .delete_manifest(&reference.tag_or_digest())
+                    .await
+            }
+            .with_context(|| format!("cannot delete `{reference}`"))?;
             global.remark(format!("deleted {reference}"));
         }
         if global.json {

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::Global;
 use crate::config::Config;
-use crate::output::{self, Exit};
+use crate::output::{self, Exit, Refused};
 
 /// Run the registry.
 ///
@@ -44,38 +44,78 @@ impl Serve {
     }
 }
 
-/// Check every row of a data directory against every object and every digest.
+/// Check every row of a store against every object and every digest.
 ///
-/// Changes nothing. Works on a stopped data directory and beside a running server.
+/// Changes nothing. Works on a stopped data directory and beside running servers. With a configuration it checks the
+/// store that this names, also in PostgreSQL and S3.
 #[derive(Debug, Args)]
 pub(crate) struct VerifyStore {
     /// The data directory.
-    directory: PathBuf,
+    #[arg(required_unless_present = "config")]
+    directory: Option<PathBuf>,
+    /// The configuration of a server: its store is checked, wherever its rows and objects are.
+    #[arg(long, short, value_name = "FILE", conflicts_with = "directory")]
+    config: Option<PathBuf>,
+    /// Look only whether each object is there and has its length, without reading it.
+    #[arg(long)]
+    no_hash: bool,
+    /// Objects that are read at once [default: the number of processors].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    parallel: Option<u16>,
 }
 
 impl VerifyStore {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
-        let report = store::verify_store(&self.directory).await?;
+        let location = match (&self.directory, &self.config) {
+            (_, Some(file)) => {
+                Config::load(Some(file.as_path()), None, &[], std::env::vars())?.location
+            }
+            (Some(directory), None) => store::Location::embedded(directory),
+            (None, None) => unreachable!("clap wants one of the two"),
+        };
+        let mut options = store::VerifyOptions {
+            hash: !self.no_hash,
+            ..store::VerifyOptions::default()
+        };
+        if let Some(parallel) = self.parallel {
+            options.parallel = usize::from(parallel);
+        }
+        let meter = output::Meter::new(global.quiet || global.json);
+        let report = store::verify_at(&location, options, &|progress| {
+            meter.show(progress.phase, progress.done, progress.total);
+        })
+        .await;
+        meter.clear();
+        let report = match report {
+            Err(error @ store::Error::NoDirectory(_)) => {
+                return Err(Refused::new(Exit::NOT_FOUND, error).into());
+            }
+            other => other?,
+        };
+        let problems = report.problems.len() as u64 + report.more_problems;
         if global.json {
             output::json(&serde_json::json!({
                 "blobs": report.blobs,
                 "bytes": report.bytes,
                 "manifests": report.manifests,
                 "problems": report.problems,
+                "moreProblems": report.more_problems,
             }))?;
         } else {
             for problem in &report.problems {
                 output::line(format!("damaged: {problem}"));
             }
+            if report.more_problems > 0 {
+                output::line(format!("and {} more problems", report.more_problems));
+            }
             output::line(format!(
-                "{} blobs ({}) and {} manifests checked, {} problems",
+                "{} blobs ({}) and {} manifests checked, {problems} problems",
                 report.blobs,
                 output::bytes(report.bytes),
                 report.manifests,
-                report.problems.len()
             ));
         }
-        Ok(if report.problems.is_empty() {
+        Ok(if problems == 0 {
             Exit::OK
         } else {
             Exit::REFUSED

@@ -70,16 +70,4 @@ impl Gc {
     }
 }
 
-/// Shortens the lease below what a configuration may say, so that a test sees it end. The time that started reads are
-/// given is shortened with it.
-#[cfg(feature = "failpoints")]
-pub(super) fn test_lease(options: &mut store::Options, text: Option<&str>) -> anyhow::Result<()> {
-    if let Some(text) = text {
-        options.lease = period("LONGSHORE_TEST_LEASE", text)?;
-        options.gc.beyond_lease = Duration::ZERO;
-        options.gc.read_grace = options.gc.read_grace.min(options.lease);
-    }
-    Ok(())
-}
-
 const S3_GRACE: Duration = Duration::from_hours(1);

@@ -142,6 +142,43 @@ fn a_cluster_needs_no_data_directory() {
 }
 
 #[test]
+fn pulls_are_redirected_by_network() {
+    let s3 = "version: 1\nstorage:\n  database: postgres://u@h/d\n  objects: s3://team-registry\n";
+    assert!(load(s3, &[]).unwrap().redirect.is_none());
+    let text = format!(
+        "{s3}  redirect: {{networks: [10.0.0.0/8, '2001:db8::/32'], ttl: 2h, except: {{strict_audit: ['secret/**']}}}}\n"
+    );
+    let config = load(&text, &[]).unwrap();
+    let redirect = config.redirect.unwrap();
+    assert_eq!(redirect.networks.len(), 2);
+    assert_eq!(redirect.ttl, Duration::from_hours(2));
+    assert_eq!(redirect.except.len(), 1);
+    // A URL that was handed out works to its end.
+    assert!(config.store.gc.read_grace >= redirect.ttl);
+    for (bad, hint) in [
+        (
+            format!("{s3}  redirect: {{networks: [10.0.0.1/8]}}\n"),
+            "networks",
+        ),
+        (
+            format!("{s3}  redirect: {{networks: ['::/0'], ttl: 5d}}\n"),
+            "ttl",
+        ),
+        (
+            format!("{s3}  redirect: {{ttl: 5m}}\n"),
+            "names no `networks`",
+        ),
+        (
+            "version: 1\nstorage: {redirect: {networks: [10.0.0.0/8]}}\n".to_owned(),
+            "object store",
+        ),
+    ] {
+        let error = format!("{:#}", load(&bad, &[]).unwrap_err());
+        assert!(error.contains(hint), "{error}");
+    }
+}
+
+#[test]
 fn the_connection_string_comes_from_a_file_or_the_environment() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("database");
@@ -185,5 +222,61 @@ fn a_wrong_location_is_refused_without_its_password() {
             !message.contains("secret@") && !message.contains("[secret]"),
             "{message}"
         );
+    }
+}
+
+#[test]
+fn a_backup_needs_a_place() {
+    assert_eq!(load("version: 1\n", &[]).unwrap().backup, None);
+    let config = load(
+        "version: 1\nbackup: {directory: /b, every: 10s, keep: 30d}\n",
+        &[],
+    )
+    .unwrap();
+    let options = config.backup.unwrap();
+    assert_eq!(options.directory, Path::new("/b"));
+    assert_eq!(options.every, Duration::from_secs(10));
+    assert_eq!(options.keep, Duration::from_hours(30 * 24));
+    assert!(!options.link);
+    for (text, wanted) in [
+        ("{every: 10s}", "directory"),
+        ("{directory: b}", "absolute"),
+        ("{directory: /b, every: 0s}", "backup.every"),
+        ("{directory: /b, keep: x}", "backup.keep"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\nbackup: {text}\n"), &[]);
+        assert!(message.contains(wanted), "{message}");
+    }
+}
+
+#[test]
+fn quotas_and_what_is_kept_of_reports() {
+    let config = load("version: 1", &[]).unwrap();
+    assert_eq!(config.store.quota, None);
+    assert_eq!(config.store.pull_retention, Duration::from_hours(24 * 90));
+    let days = Duration::from_hours(24 * 400);
+    assert_eq!(config.store.attempt_retention, Some(days));
+    let config = load(
+        "version: 1\nserver: {metric_repositories: 7}\nstorage: {quota: 2TiB, pull_statistics: off}\nattempts: {retention: forever}\n",
+        &[],
+    )
+    .unwrap();
+    assert_eq!(config.store.quota, Some(2 << 40));
+    assert_eq!(config.store.pull_retention, Duration::ZERO);
+    assert_eq!(config.store.attempt_retention, None);
+    assert_eq!(config.metric_repositories, Some(7));
+    let config = load("version: 1", &[("LONGSHORE_ATTEMPTS__RETENTION", "30d")]).unwrap();
+    let days = Duration::from_hours(24 * 30);
+    assert_eq!(config.store.attempt_retention, Some(days));
+    for (text, key) in [
+        ("storage: {quota: lots}", "storage.quota"),
+        (
+            "storage: {pull_statistics: never}",
+            "storage.pull_statistics",
+        ),
+        ("attempts: {retention: never}", "attempts.retention"),
+    ] {
+        let (message, _) = refused(&format!("version: 1\n{text}\n"), &[]);
+        assert!(message.contains(key), "{message}");
     }
 }

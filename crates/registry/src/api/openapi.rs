@@ -4,18 +4,28 @@ use serde_json::{Value, json};
 
 /// The document, OpenAPI 3.1.
 pub(crate) fn document() -> Value {
-    let mut document = skeleton();
-    if let Some(Value::Object(paths)) = document.get_mut("paths") {
-        for more in [super::mode::paths()] {
-            if let Value::Object(more) = more {
-                paths.extend(more);
+    let mut document = base();
+    let modules = [
+        super::attempts::paths(),
+        super::collection::paths(),
+        super::mode::paths(),
+        super::pins::paths(),
+        super::repositories::paths(),
+        super::retention::paths(),
+        super::scrub::paths(),
+        super::storage::paths(),
+    ];
+    if let Some(paths) = document["paths"].as_object_mut() {
+        for module in modules {
+            if let Value::Object(module) = module {
+                paths.extend(module);
             }
         }
     }
     document
 }
 
-fn skeleton() -> Value {
+fn base() -> Value {
     json!({
         "openapi": "3.1.0",
         "info": {
@@ -110,9 +120,10 @@ fn skeleton() -> Value {
                         "source": { "type": "string", "format": "uri-reference" },
                         "type": { "enum": [
                             "dev.longshore.tag.updated", "dev.longshore.tag.deleted",
-                            "dev.longshore.manifest.pushed", "dev.longshore.manifest.deleted"
+                            "dev.longshore.manifest.pushed", "dev.longshore.manifest.deleted",
+                            "dev.longshore.repository.deleted"
                         ] },
-                        "subject": { "type": "string", "description": "`repository:tag` or `repository@digest`" },
+                        "subject": { "type": "string", "description": "`repository:tag`, `repository@digest`, or `repository` when it was deleted as a whole" },
                         "time": { "type": "string", "format": "date-time" },
                         "datacontenttype": { "const": "application/json" },
                         "data": {
@@ -121,9 +132,9 @@ fn skeleton() -> Value {
                             "properties": {
                                 "repository": { "type": "string" },
                                 "tag": { "type": ["string", "null"] },
-                                "digest": { "type": "string" },
+                                "digest": { "type": ["string", "null"], "description": "null: the repository was deleted as a whole" },
                                 "previous": { "type": ["string", "null"] },
-                                "mediaType": { "type": "string" },
+                                "mediaType": { "type": ["string", "null"] },
                                 "artifactType": { "type": ["string", "null"] },
                                 "subject": { "type": ["string", "null"] },
                                 "actor": { "type": "string" }

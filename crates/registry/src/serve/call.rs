@@ -171,6 +171,32 @@ impl Call {
         })
     }
 
+    /// Those of the repositories that the caller may not do this in.
+    ///
+    /// # Errors
+    /// 401 with every scope that a token lacks, so that a client asks for one token and not for one after the other.
+    pub(crate) fn hidden<'a>(
+        &self,
+        action: Action,
+        repositories: &[&'a RepositoryName],
+    ) -> Result<Vec<&'a RepositoryName>, Refusal> {
+        let auth = &self.context.auth;
+        let mut hidden = Vec::new();
+        let mut scopes = Vec::new();
+        for repository in repositories {
+            match auth.decide(&self.caller, action, repository, None, None) {
+                Decision::Allowed => {}
+                Decision::Denied => hidden.push(*repository),
+                Decision::Scope => scopes.push(repository_scope(repository, action)),
+            }
+        }
+        if scopes.is_empty() {
+            Ok(hidden)
+        } else {
+            Err(self.wants_scope(&scopes.join(" ")))
+        }
+    }
+
     /// Asks for a token with both scopes where the caller may read `from` but its token does not say
     /// so: a client that mounts learns of the second scope here.
     pub(crate) fn require_scopes(

@@ -140,12 +140,9 @@ async fn dispatch(call: &mut Call, route: &mut &'static str) -> Result<Response<
     if let Access::Open = call.context.settings.access {
         host::check(&call.head.headers, &call.head.uri)?;
     }
-    if path == "/metrics" {
-        *route = "metrics";
-        return call.context.metrics.serve(&call.context.store).await;
-    }
     let is_v2 = path == "/v2" || path.starts_with("/v2/");
-    if !is_v2 && !path.starts_with("/api/") {
+    let is_metrics = path == "/metrics";
+    if !is_v2 && !is_metrics && !path.starts_with("/api/") {
         if path == "/" && reads {
             return Ok(json_response(
                 StatusCode::OK,
@@ -163,7 +160,10 @@ async fn dispatch(call: &mut Call, route: &mut &'static str) -> Result<Response<
         Ok(caller) => call.caller = caller,
         Err(rejected) => return Err(call.rejected(rejected).await),
     }
-    if is_v2 {
+    if is_metrics {
+        *route = "metrics";
+        context.metrics.serve(call).await
+    } else if is_v2 {
         v2::serve(call, &path, route).await
     } else {
         *route = "api";

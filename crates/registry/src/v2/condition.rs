@@ -77,7 +77,7 @@ impl Wanted {
 }
 
 /// All entity tags of a list header.
-fn entity_tags(headers: &HeaderMap, name: &HeaderName) -> Vec<String> {
+pub(crate) fn entity_tags(headers: &HeaderMap, name: &HeaderName) -> Vec<String> {
     headers
         .get_all(name)
         .iter()

@@ -61,6 +61,9 @@ pub(crate) async fn get(
         HeaderValue::from_str(&manifest.media_type)
             .unwrap_or(HeaderValue::from_static("application/octet-stream")),
     );
+    if call.method() == Method::GET {
+        store.note_pull(name, &manifest.digest, &call.caller.principal.id());
+    }
     if condition::has(&call.head.headers, &manifest.digest) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         return Ok(response);

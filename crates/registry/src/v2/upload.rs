@@ -38,6 +38,8 @@ pub(crate) async fn start(
         // Not found, not allowed or just collected: the client uploads it.
         return open(call, name, Algorithm::Sha256).await;
     }
+    // Early: the commit would refuse it too, after all bytes were sent.
+    call.context.store.admit(name).await?;
     if let Some(digest) = query.get("digest") {
         let digest: Digest = digest.parse()?;
         let writer = call
@@ -72,6 +74,7 @@ pub(crate) async fn patch(
     id: &str,
 ) -> Result<Response<Body>, Refusal> {
     call.require(Action::Push, name, None, None).await?;
+    call.context.store.admit(name).await?;
     let id = UploadId(id.to_owned());
     let (writer, limit) = claim(call, name, &id).await?;
     let receive = Receive::of(call, limit);

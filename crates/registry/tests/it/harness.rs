@@ -54,7 +54,7 @@ impl Registry {
         Self::with(|_, _| Access::Open, Options::default(), change).await
     }
 
-    /// Users `alice` (all of `shop/**`, pull of `public/**`), `bob` (pulls `shop/**`), `root` (all),
+    /// Users `alice` (all of `shop/**`, pull of `public/**`), `bob` (pulls `shop/**`), `root` (all, and operates),
     /// `robot` (pushes `shop/**` without reading); everybody pulls `public/**`.
     pub(crate) async fn users(change: impl FnOnce(&mut Settings)) -> Self {
         let access = |dir: &std::path::Path, path: &str| {
@@ -74,9 +74,20 @@ impl Registry {
         let store = Store::open(&dir.path().join("data"), options)
             .await
             .unwrap();
+        let access = access(dir.path(), "htpasswd");
+        Self::over(store, dir, access, change).await
+    }
+
+    /// Over a store that is open, whose files may be in `dir`.
+    pub(crate) async fn over(
+        store: Store,
+        dir: TempDir,
+        access: Access,
+        change: impl FnOnce(&mut Settings),
+    ) -> Self {
         let mut settings = Settings {
             listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 0))],
-            access: access(dir.path(), "htpasswd"),
+            access,
             ..Settings::default()
         };
         change(&mut settings);
@@ -109,6 +120,18 @@ impl Registry {
         stream.write_all(bytes.as_ref()).await.unwrap();
         let head = bytes.as_ref().starts_with(b"HEAD ");
         read_reply(&mut BufReader::new(stream), head).await
+    }
+
+    /// Everything that comes back to one request before the connection ends.
+    pub(crate) async fn until_the_end(&self, line: &str) -> Vec<u8> {
+        let mut stream = self.connect().await;
+        stream
+            .write_all(&request(line, &[("Connection", "close")], b""))
+            .await
+            .unwrap();
+        let mut received = Vec::new();
+        let _ = stream.read_to_end(&mut received).await;
+        received
     }
 
     /// One request: the head is written as given, with `Host` and `Content-Length` added.
@@ -362,7 +385,7 @@ pub(crate) fn rule(
 }
 
 fn rules() -> Vec<Rule> {
-    use Action::{Delete, Pull, Push, TagCreate, TagOverwrite};
+    use Action::{Admin, Delete, Pull, Push, TagCreate, TagOverwrite};
     vec![
         rule(&["anonymous"], &["public/**"], &[], &[Pull]),
         rule(&["alice"], &["shop/**"], &[], &[Pull, Push, TagCreate]),
@@ -378,7 +401,7 @@ fn rules() -> Vec<Rule> {
             &["root"],
             &["**"],
             &[],
-            &[Pull, Push, TagCreate, TagOverwrite, Delete],
+            &[Pull, Push, TagCreate, TagOverwrite, Delete, Admin],
         ),
     ]
 }

@@ -15,7 +15,15 @@ mod limits;
 #[cfg(test)]
 mod manifest;
 #[cfg(test)]
+mod object_store;
+#[cfg(test)]
 mod referrer;
+#[cfg(test)]
+mod reports;
+#[cfg(test)]
+#[path = "../../../store/tests/it/stand_in.rs"]
+#[expect(dead_code, reason = "the store's own tests use all of it")]
+mod stand_in;
 #[cfg(test)]
 mod tag;
 #[cfg(test)]

@@ -157,11 +157,40 @@ impl FileSystem {
         }
     }
 
+    /// The directories and files right under the root, to be listed one after the other with [`Self::list_part`].
+    pub(crate) fn parts(&self) -> Result<Vec<PathBuf>, Error> {
+        let failed = |error| Error::io("read", &self.root, error);
+        let mut parts = Vec::new();
+        for entry in std::fs::read_dir(&self.root).map_err(failed)? {
+            parts.push(entry.map_err(failed)?.path());
+        }
+        parts.sort();
+        Ok(parts)
+    }
+
+    /// What [`Self::list`] gives of one part.
+    pub(crate) fn list_part(
+        &self,
+        part: &Path,
+    ) -> Result<Vec<(PathBuf, Option<StorageKey>)>, Error> {
+        if part.is_dir() {
+            self.list_below(part.to_owned())
+        } else if part.exists() {
+            Ok(vec![(part.to_owned(), None)])
+        } else {
+            Ok(Vec::new())
+        }
+    }
+
     /// Every file under the root, and whether its name is that of an object in its place. For checking
     /// only; the store itself never lists (`I10`).
     pub(crate) fn list(&self) -> Result<Vec<(PathBuf, Option<StorageKey>)>, Error> {
+        self.list_below(self.root.clone())
+    }
+
+    fn list_below(&self, directory: PathBuf) -> Result<Vec<(PathBuf, Option<StorageKey>)>, Error> {
         let mut found = Vec::new();
-        let mut open = vec![self.root.clone()];
+        let mut open = vec![directory];
         while let Some(directory) = open.pop() {
             let failed = |error| Error::io("read", &directory, error);
             for entry in std::fs::read_dir(&directory).map_err(failed)? {

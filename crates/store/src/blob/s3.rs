@@ -7,8 +7,10 @@
 
 pub(crate) mod credentials;
 mod failure;
+mod file;
 mod read;
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -168,11 +170,17 @@ impl S3 {
 
     /// Asks for an object that is not there: the answer tells whether the bucket is, and whether we may.
     async fn check(&self) -> Result<(), Error> {
+        let credentials = limited(CONTROL, self.0.store.credentials().get_credential());
+        if let Err(failure) = credentials.await {
+            return Err(unusable(format!(
+                "there are no credentials for `{}`, set `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`: {failure}",
+                self.0.name
+            )));
+        }
         let key = StorageKey::parse(&"0".repeat(32))?;
         let path = self.path(&key);
         let asked = attempts(|| limited(CONTROL, self.0.store.get_range(&path, 0..1))).await;
         match asked {
-            Ok(_) => Ok(()),
             Err(failure) if failure.code("NoSuchBucket") => Err(unusable(format!(
                 "there is no such bucket: `{}`",
                 self.0.name
@@ -187,7 +195,7 @@ impl S3 {
                     self.0.name
                 )))
             }
-            Err(Failure::Missing(_)) => Ok(()),
+            Ok(_) | Err(Failure::Missing(_)) => Ok(()),
             // Without the right to list, what is not there is forbidden.
             Err(Failure::Refused(problem)) => {
                 tracing::warn!(
@@ -520,7 +528,8 @@ fn encode(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
             encoded.push(char::from(byte));
         } else {
-            encoded.push_str(&format!("%{byte:02X}"));
+            // Writing to a string does not fail.
+            let _ = write!(encoded, "%{byte:02X}");
         }
     }
     encoded

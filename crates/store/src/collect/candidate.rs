@@ -18,7 +18,7 @@ use crate::failpoint::failpoint;
 use crate::model::Actor;
 use crate::sql::{Body, Tx, WriteKind};
 use crate::tag::Change;
-use crate::{audit, blob, lease, manifest, repository};
+use crate::{audit, blob, lease, manifest, pin, repository};
 
 /// What the collector needs to know to judge.
 #[derive(Clone, Debug)]
@@ -117,7 +117,8 @@ async fn look_at_manifest(
         lease: rules.lease,
     };
     failpoint("collect.before_rows");
-    liveness::drop_pins(tx, id).await?;
+    // Pins that have ended still name the row.
+    pin::refuse(tx, id, &doomed.digest).await?;
     manifest::remove(tx, &change, &doomed).await?;
     failpoint("collect.after_rows");
     let name = known.name.as_str();

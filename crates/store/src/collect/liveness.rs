@@ -35,7 +35,6 @@ statements! {
     SUBJECTS = "SELECT f.subject, m.id, f.subject_gone_at FROM referrer f \
                 LEFT JOIN manifest m ON m.repository_id = f.repository_id AND m.digest = f.subject \
                 WHERE f.repository_id = $1 AND f.digest = $2 AND f.subject > $3 ORDER BY f.subject LIMIT $4";
-    UNPIN = "DELETE FROM pin WHERE manifest_id = $1";
 }
 
 /// What becomes of a manifest that was looked at.
@@ -91,11 +90,6 @@ pub(super) async fn fate(
         Above::Nothing if has_parent(tx, repository, &node.digest).await? => Ok(Fate::Above),
         Above::Nothing => Ok(Fate::Gone),
     }
-}
-
-/// The rows of pins that are over and still name this manifest. Its row is locked, so none can come.
-pub(super) async fn drop_pins(tx: &mut Tx, manifest: i64) -> Result<(), Error> {
-    tx.execute(&UNPIN, &[manifest.into()]).await.map(drop)
 }
 
 /// Indexes of the repository that name a digest, after a row id, at most `limit`.

@@ -26,7 +26,7 @@ statements! {
     REFERRERS = "DELETE FROM referrer WHERE (repository_id, subject, digest) IN \
                      (SELECT repository_id, subject, digest FROM referrer WHERE repository_id = $1 LIMIT $2)";
     MANIFESTS = "DELETE FROM manifest WHERE id IN \
-                     (SELECT id FROM manifest WHERE repository_id = $1 LIMIT $2) RETURNING size";
+                     (SELECT id FROM manifest WHERE repository_id = $1 LIMIT $2) RETURNING id, size";
     PAIRS = "SELECT rb.blob_id, b.size FROM repository_blob rb JOIN blob b ON b.id = rb.blob_id \
              WHERE rb.repository_id = $1 ORDER BY rb.blob_id LIMIT $2";
     PAIR = "DELETE FROM repository_blob WHERE repository_id = $1 AND blob_id = $2";
@@ -36,7 +36,6 @@ statements! {
                    (SELECT repository_id, name, generation FROM tag_event WHERE repository_id = $1 LIMIT $2)";
     PULLS = "DELETE FROM pull WHERE (repository_id, digest, principal, hour) IN \
                  (SELECT repository_id, digest, principal, hour FROM pull WHERE repository_id = $1 LIMIT $2)";
-    TOTAL = "DELETE FROM repository_total WHERE repository_id = $1";
 }
 
 /// Takes the next part of a deleted repository.
@@ -67,7 +66,8 @@ async fn take_part(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error>
     if !manifests.is_empty() {
         let mut bytes = 0;
         for row in &manifests {
-            bytes += row.i64(0)?;
+            bytes += row.i64(1)?;
+            queue::forget(tx, Kind::Manifest, id, row.i64(0)?).await?;
         }
         usage::add(tx, known.place, -bytes, -(manifests.len() as i64)).await?;
         return again(tx, candidate).await;
@@ -85,7 +85,6 @@ async fn take_part(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error>
             return again(tx, candidate).await;
         }
     }
-    tx.execute(&TOTAL, &[id.into()]).await?;
     repository::remove(tx, id).await?;
     queue::forget(tx, Kind::Repository, candidate.repository, id).await?;
     Ok(Outcome::Collected(Collected {
@@ -114,6 +113,7 @@ async fn release(tx: &mut Tx, known: &Known) -> Result<bool, Error> {
         bytes += row.i64(1)?;
         tx.execute(&PAIR, &[id.into(), blob.into()]).await?;
         queue::enqueue(tx, Kind::Blob, 0, blob, now).await?;
+        queue::forget(tx, Kind::RepositoryBlob, id, blob).await?;
     }
     if !pairs.is_empty() {
         usage::add(tx, known.place, -bytes, -(pairs.len() as i64)).await?;

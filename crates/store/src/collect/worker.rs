@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::candidate::{Look, Outcome, Rules};
 use super::outbox;
-use super::queue::{self, Candidate, Claim, Kind, QueueLength};
+use super::queue::{self, Candidate, Claim, Kind, QueueLag, QueueLength};
+use super::settings::Window;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -78,6 +79,10 @@ pub struct CollectionStatus {
     pub enabled: bool,
     /// It may look at candidates now: it is on and the window is open.
     pub open: bool,
+    /// The time of the day in which it looks; `None`: always.
+    pub window: Option<Window>,
+    /// Candidates in a second, at most.
+    pub rate: u32,
     /// The queue, one entry for each kind.
     pub queue: Vec<QueueLength>,
     /// The outbox.
@@ -107,20 +112,31 @@ impl Store {
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn collection_status(&self) -> Result<CollectionStatus, Error> {
-        let inner = self.inner();
+        let inner = &self.0;
         let now = inner.clock.now();
         Ok(CollectionStatus {
             enabled: inner.options.gc.enabled,
             open: inner.options.gc.is_open(now),
+            window: inner.options.gc.window,
+            rate: inner.options.gc.rate,
             queue: queue::lengths(&inner.db, now).await?,
             outbox: outbox::length(&inner.db, now).await?,
             since_start: self.collection_totals(),
         })
     }
 
+    /// How far the collector is behind, for gauges.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn collection_lag(&self) -> Result<Vec<QueueLag>, Error> {
+        let inner = &self.0;
+        queue::lags(&inner.db, inner.clock.now()).await
+    }
+
     /// What this process collected since it started. Costs nothing.
     pub fn collection_totals(&self) -> CollectionTotals {
-        let collector = &self.inner().collector;
+        let collector = &self.0.collector;
         let last_run = collector.last_run.load(Ordering::Relaxed);
         let counts = *collector
             .collected
@@ -141,13 +157,13 @@ impl Store {
 
     /// Wakes this process's worker because something is due now.
     pub(crate) fn wake_collector(&self) {
-        self.inner().collector.wake.notify_one();
+        self.0.collector.wake.notify_one();
     }
 
     /// Wakes this process's worker: it looks at all that is due, also outside the window and when the collector is
     /// switched off.
     pub fn collect_now(&self) {
-        let collector = &self.inner().collector;
+        let collector = &self.0.collector;
         collector.asked.store(true, Ordering::Relaxed);
         collector.wake.notify_one();
     }
@@ -156,7 +172,7 @@ impl Store {
 /// Collects until the future is dropped or the store stops.
 pub(crate) async fn work(inner: &Arc<Inner>) {
     loop {
-        match round(inner).await {
+        match round(inner, Pace::Giving).await {
             // What was left by one round may be due at once.
             Ok(found) if found > 0 => continue,
             Ok(_) => {}
@@ -169,18 +185,27 @@ pub(crate) async fn work(inner: &Arc<Inner>) {
 
 /// Collects everything that is due now, to its end.
 pub(crate) async fn drain(inner: &Arc<Inner>) -> Result<(), Error> {
-    while round(inner).await? > 0 {}
+    while round(inner, Pace::Full).await? > 0 {}
     Ok(())
 }
 
+/// How a round goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// Without a rest.
+    Full,
+    /// Gives way to foreground work.
+    Giving,
+}
+
 /// One batch of each kind, then the outbox; how many were looked at.
-async fn round(inner: &Arc<Inner>) -> Result<usize, Error> {
+async fn round(inner: &Arc<Inner>, pace: Pace) -> Result<usize, Error> {
     let mut found = expire_uploads(inner).await?;
     let asked = inner.collector.asked.load(Ordering::Relaxed);
     if asked || inner.options.gc.is_open(inner.clock.now()) {
         let mut candidates = 0;
         for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::Upload) {
-            candidates += look_at_batch(inner, kind).await?;
+            candidates += look_at_batch(inner, kind, pace).await?;
         }
         if candidates == 0 {
             inner.collector.asked.store(false, Ordering::Relaxed);
@@ -191,7 +216,7 @@ async fn round(inner: &Arc<Inner>) -> Result<usize, Error> {
     Ok(found)
 }
 
-async fn look_at_batch(inner: &Arc<Inner>, kind: Kind) -> Result<usize, Error> {
+async fn look_at_batch(inner: &Arc<Inner>, kind: Kind, pace: Pace) -> Result<usize, Error> {
     let gc = &inner.options.gc;
     let rate = f64::from(gc.rate.max(1));
     let began = Instant::now();
@@ -242,13 +267,16 @@ async fn look_at_batch(inner: &Arc<Inner>, kind: Kind) -> Result<usize, Error> {
     }
     let now = inner.clock.now();
     inner.collector.last_run.store(now.0, Ordering::Relaxed);
+    if pace == Pace::Full {
+        return Ok(found);
+    }
     let worked = began.elapsed();
     let share = match &*inner.db {
         Db::Sqlite(_) => worked * 2,
         Db::Postgres(_) => worked,
     };
-    let pace = Duration::from_secs_f64(found as f64 / rate);
-    tokio::time::sleep_until(began + share.max(pace)).await;
+    let evenly = Duration::from_secs_f64(found as f64 / rate);
+    tokio::time::sleep_until(began + share.max(evenly)).await;
     Ok(found)
 }
 

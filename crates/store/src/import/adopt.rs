@@ -21,13 +21,14 @@ use rustix::io::Errno;
 use super::{
     Arrival, CHUNK, Chunks, Content, Contents, Document, Entry, Failure, Repositories, Sink, Source,
 };
-use crate::blob::Content as BlobContent;
+use crate::blob::Content as NewContent;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
+use crate::blob::s3::RemoteStream;
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::model::{Actor, Blob, Expected, PutManifest, TagWrite, UploadId};
+use crate::model::{Actor, Blob, BlobContent, Expected, PutManifest, TagWrite, UploadId};
 use crate::store::{Inner, Store};
 use crate::upload::writer::digest_of_file;
 use crate::upload::{Commit, Expire, Object, Start};
@@ -133,7 +134,7 @@ impl StoreSink {
                 repository: repository.clone(),
                 digest: digest.clone(),
                 size,
-                content: BlobContent::Object(key),
+                content: NewContent::Object(key),
                 lease: inner.options.lease,
                 actor: self.actor.clone(),
             })
@@ -429,7 +430,25 @@ impl Source for StoreSource {
                 )));
             }
         };
-        Ok(blob.map(|blob| Content::Stream(Box::new(Pieces { blob, at: 0 }))))
+        let Some(blob) = blob else {
+            return Ok(None);
+        };
+        if let BlobContent::Remote(remote) = &blob.content {
+            let stream = remote.stream(0..blob.size).await.map_err(fatal)?;
+            return Ok(Some(Content::Stream(Box::new(Remote(stream)))));
+        }
+        Ok(Some(Content::Stream(Box::new(Pieces { blob, at: 0 }))))
+    }
+}
+
+/// A blob out of an object store, as it comes.
+struct Remote(RemoteStream);
+
+impl Chunks for Remote {
+    fn next(
+        &mut self,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
+        Box::pin(async move { self.0.next().await.map_err(fatal) })
     }
 }
 

@@ -183,6 +183,19 @@ fn copy(connection: &rusqlite::Connection, path: &Path, version: i64) -> Result<
     Ok(())
 }
 
+/// Wants the schema to be the one that this program knows.
+pub(super) async fn check_postgres(client: &Client, migrations: &[Migration]) -> Result<(), Error> {
+    let place = Path::new("the PostgreSQL database");
+    let found = standing(client, place).await?;
+    found.check(place, migrations)?;
+    if found.ahead(migrations).0.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Database(
+        "its schema is older than this program, start a server of this version first".to_owned(),
+    ))
+}
+
 /// Brings the schema to the newest version under an advisory lock, so that replicas that start together
 /// do it once.
 pub(super) async fn migrate_postgres(

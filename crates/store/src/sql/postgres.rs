@@ -53,6 +53,23 @@ impl Postgres {
         })
     }
 
+    /// Connects without changing anything.
+    pub(super) async fn look(
+        url: &str,
+        migrations: &'static [Migration],
+        context: Context,
+    ) -> Result<Self, Error> {
+        let pool = Arc::new(Pool::new(url, LOOKERS, Arc::clone(&context.clock))?);
+        let session = pool.take().await?;
+        super::migration::check_postgres(&session.client, migrations).await?;
+        pool.give_back(session);
+        Ok(Self {
+            pool,
+            context,
+            stopped: watch::channel(false).0,
+        })
+    }
+
     /// Runs a transaction in a task of its own, so that it ends even when its caller goes away.
     pub(super) async fn write<B: Body>(&self, body: B) -> Result<B::Output, Error> {
         let pool = Arc::clone(&self.pool);
@@ -143,6 +160,22 @@ impl Postgres {
     pub(super) async fn stopped(&self) {
         // The sender lives as long as this, so there is no error.
         let _ = self.stopped.subscribe().wait_for(|stopped| *stopped).await;
+    }
+
+    /// How many other connections use the database.
+    pub(super) async fn others(url: &str) -> Result<u64, Error> {
+        let pool = Pool::new(url, 1, Arc::default())?;
+        let session = pool.take().await?;
+        let counted = session.client.query_one(
+            "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() \
+             AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+            &[],
+        );
+        let count: i64 = limited(CONTROL_LIMIT, counted)
+            .await
+            .map_err(|failure| failure.error(None))?
+            .get(0);
+        Ok(count.unsigned_abs())
     }
 
     pub(super) fn close(&self) {
@@ -346,6 +379,8 @@ pub(super) fn map(error: tokio_postgres::Error) -> Error {
     Failure::from(error).error(None)
 }
 
+/// Connections of a program that only looks.
+const LOOKERS: usize = 4;
 const MAX_ATTEMPTS: u64 = 10;
 /// Attempts to read while connections are lost.
 const MAX_READS: u64 = 6;

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
@@ -31,6 +32,7 @@ pub(crate) struct Sqlite {
     readers: Arc<Readers>,
     scans: Arc<Semaphore>,
     stopped: watch::Receiver<bool>,
+    log: PathBuf,
 }
 
 impl Sqlite {
@@ -55,10 +57,12 @@ impl Sqlite {
             name.push("-wal");
             PathBuf::from(name)
         };
+        let log = wal.clone();
         let writer = Writer {
             tx: Tx::new(Connection::Sqlite(Box::new(connection)), context),
             wal,
             checkpoint_at: CHECKPOINT_BYTES,
+            kept: None,
             stop,
         };
         let thread = std::thread::Builder::new()
@@ -74,6 +78,7 @@ impl Sqlite {
             }),
             scans: Arc::new(Semaphore::new(SCANS)),
             stopped,
+            log,
         })
     }
 
@@ -120,6 +125,40 @@ impl Sqlite {
         })
         .await
         .unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Runs `work` on the writer's thread between two transactions and waits for it. Blocks.
+    pub(crate) fn between<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Pause<'_>) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let (reply, answer) = mpsc::channel();
+        let work = Box::new(move |pause: &mut Pause<'_>| {
+            // Whoever asked may have gone.
+            let _ = reply.send(work(pause));
+        });
+        {
+            let jobs = lock(&self.jobs);
+            let jobs = jobs.as_ref().ok_or(Error::Stopped)?;
+            jobs.send(Message::Between(work))
+                .map_err(|_| Error::Stopped)?;
+        }
+        answer.recv().map_err(|_| Error::Stopped)
+    }
+
+    /// The path of the write-ahead log.
+    pub(crate) fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// The length of the write-ahead log's file, in bytes.
+    pub(crate) fn log_length(&self) -> u64 {
+        std::fs::metadata(&self.log).map_or(0, |file| file.len())
+    }
+
+    /// A read-only connection of its own.
+    pub(crate) fn reader(&self) -> Result<rusqlite::Connection, Error> {
+        reader(&self.readers.path)
     }
 
     pub(super) async fn stopped(&self) {
@@ -184,8 +223,12 @@ impl Readers {
     }
 }
 
+/// Work that runs between two transactions.
+type Work = Box<dyn FnOnce(&mut Pause<'_>) + Send>;
+
 enum Message {
     Run(Box<dyn Job>),
+    Between(Work),
     Close(oneshot::Sender<Result<(), Error>>),
 }
 
@@ -267,6 +310,8 @@ struct Writer {
     tx: Tx,
     wal: PathBuf,
     checkpoint_at: u64,
+    /// A backup folds the log itself, and is told here when the writer had to do it.
+    kept: Option<Arc<AtomicBool>>,
     stop: watch::Sender<bool>,
 }
 
@@ -274,11 +319,16 @@ impl Writer {
     fn run(mut self, queue: &mpsc::Receiver<Message>) {
         while let Ok(first) = queue.recv() {
             let mut batch = Vec::new();
+            let mut between = None;
             let mut close = None;
             let mut next = Some(first);
             while let Some(message) = next {
                 match message {
                     Message::Run(job) => batch.push(job),
+                    Message::Between(work) => {
+                        between = Some(work);
+                        break;
+                    }
                     Message::Close(reply) => {
                         close = Some(reply);
                         break;
@@ -291,6 +341,9 @@ impl Writer {
             }
             if !batch.is_empty() && self.group(batch).is_err() {
                 break;
+            }
+            if let Some(work) = between {
+                work(&mut Pause(&mut self));
             }
             if let Some(reply) = close {
                 let _ = reply.send(self.checkpoint());
@@ -427,6 +480,12 @@ impl Writer {
             self.checkpoint_at = self.checkpoint_at.min(length + CHECKPOINT_BYTES);
             return Ok(());
         }
+        if let Some(lost) = &self.kept {
+            if length < MAX_KEPT_BYTES {
+                return Ok(());
+            }
+            lost.store(true, Ordering::Release);
+        }
         let result = self.checkpoint();
         // A reader that holds an old snapshot keeps the log; try again when it has grown once more.
         let left = std::fs::metadata(&self.wal).map_or(0, |file| file.len());
@@ -441,10 +500,15 @@ impl Writer {
         }
     }
 
+    /// Folds the log as far as readers let it, without waiting for them: pushes would wait too.
     fn checkpoint(&self) -> Result<(), Error> {
-        self.connection()
+        let connection = self.connection();
+        connection.busy_timeout(Duration::ZERO).map_err(map)?;
+        let folded = connection
             .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
-            .map_err(map)
+            .map_err(map);
+        connection.busy_timeout(BUSY).map_err(map)?;
+        folded
     }
 
     fn connection(&self) -> &rusqlite::Connection {
@@ -455,6 +519,47 @@ impl Writer {
     }
 }
 
+/// The writer between two transactions: everything acknowledged is committed, and nothing is half done.
+pub(crate) struct Pause<'a>(&'a mut Writer);
+
+impl Pause<'_> {
+    /// The path of the write-ahead log.
+    pub(crate) fn log(&self) -> &Path {
+        &self.0.wal
+    }
+
+    /// Folds the log into the database as far as readers let it.
+    pub(crate) fn fold(&mut self) -> Result<(), Error> {
+        self.0.checkpoint()
+    }
+
+    /// From now on the log is folded by [`Pause::fold`] alone, unless it grows beyond all bounds: then `lost` is set.
+    pub(crate) fn keep_log(&mut self, lost: Option<Arc<AtomicBool>>) {
+        self.0.kept = lost;
+    }
+
+    /// Has `changed` called with the id of each row of table `blob` that is written from now on.
+    pub(crate) fn watch_blobs(
+        &mut self,
+        changed: impl FnMut(i64) + Send + 'static,
+    ) -> Result<(), Error> {
+        use rusqlite::hooks::Action;
+        let Connection::Sqlite(connection) = &mut self.0.tx.connection else {
+            return Ok(());
+        };
+        let mut changed = changed;
+        connection
+            .update_hook(Some(
+                move |action: Action, _: &str, table: &str, row: i64| {
+                    if table == "blob" && action != Action::SQLITE_DELETE {
+                        changed(row);
+                    }
+                },
+            ))
+            .map_err(map)
+    }
+}
+
 fn queue_is_closed(queue: &mpsc::Receiver<Message>) -> bool {
     matches!(queue.try_recv(), Err(mpsc::TryRecvError::Disconnected))
 }
@@ -462,7 +567,7 @@ fn queue_is_closed(queue: &mpsc::Receiver<Message>) -> bool {
 /// Sets what every writing connection needs.
 fn prepare(connection: &rusqlite::Connection) -> Result<(), Error> {
     connection
-        .busy_timeout(Duration::from_secs(5))
+        .busy_timeout(BUSY)
         .and_then(|()| {
             connection.query_row("PRAGMA journal_mode=WAL", [], |row| row.get::<_, String>(0))
         })
@@ -486,9 +591,7 @@ fn reader(path: &Path) -> Result<rusqlite::Connection, Error> {
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
     )
     .map_err(map)?;
-    connection
-        .busy_timeout(Duration::from_secs(5))
-        .map_err(map)?;
+    connection.busy_timeout(BUSY).map_err(map)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(connection)
 }
@@ -627,7 +730,7 @@ fn named(statement: &Statement, error: rusqlite::Error) -> Error {
 }
 
 /// Tells a full disk (try again later) and a failed write or sync (stop) from everything else.
-pub(super) fn map(error: rusqlite::Error) -> Error {
+pub(crate) fn map(error: rusqlite::Error) -> Error {
     if let rusqlite::Error::SqliteFailure(failure, _) = &error {
         match (failure.code, failure.extended_code) {
             (ErrorCode::DiskFull, _)
@@ -662,7 +765,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The write-ahead log is folded into the database when it is longer than this, in bytes.
-const CHECKPOINT_BYTES: u64 = 8 << 20;
+pub(crate) const CHECKPOINT_BYTES: u64 = 8 << 20;
+/// A log that a backup keeps is folded all the same when it is longer than this, in bytes.
+const MAX_KEPT_BYTES: u64 = 1 << 30;
+/// How long a statement waits for another process's lock.
+const BUSY: Duration = Duration::from_secs(5);
 /// Transactions that are committed together, at most.
 const MAX_BATCH: usize = 256;
 const MAX_IDLE_READERS: usize = 32;

@@ -44,7 +44,7 @@ impl Statement {
     }
 
     /// The text for SQLite. `$3` would be bound there by its first appearance, `?3` is bound by number.
-    pub(super) fn sqlite(&self) -> &str {
+    pub(crate) fn sqlite(&self) -> &str {
         self.sqlite.get_or_init(|| {
             let mut text = self.text.replace('$', "?");
             for (fragment, _) in FRAGMENTS {
@@ -99,9 +99,11 @@ pub(crate) use statements;
 pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
     [
         crate::attempt::STATEMENTS,
+        crate::adopt::STATEMENTS,
         crate::audit::STATEMENTS,
         crate::blob::STATEMENTS,
         crate::event::STATEMENTS,
+        crate::export::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,
@@ -109,7 +111,10 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::pin::STATEMENTS,
         crate::pull::STATEMENTS,
         crate::referrer::STATEMENTS,
+        crate::reindex::STATEMENTS,
         crate::repository::STATEMENTS,
+        crate::retention::STATEMENTS,
+        crate::retention::undo::STATEMENTS,
         crate::scrub::STATEMENTS,
         super::STATEMENTS,
         crate::tag::STATEMENTS,

@@ -191,7 +191,7 @@ pub(crate) fn encode_digest(digest: &Digest) -> Vec<u8> {
     bytes
 }
 
-fn decode_digest(bytes: &[u8]) -> Option<Digest> {
+pub(crate) fn decode_digest(bytes: &[u8]) -> Option<Digest> {
     let (mark, hash) = bytes.split_first()?;
     let algorithm = match mark {
         1 => Algorithm::Sha256,

@@ -12,15 +12,16 @@ use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
-use crate::sql::{self, Body, Context, Db, Statement, Tx};
+use crate::sql::{self, Body, Context, Db, Statement, Tx, WriteKind};
 
 /// Where a store comes from.
 pub(super) struct Source {
     pub(super) db: Reading,
     pub(super) objects: Objects,
     pub(super) epoch: String,
-    /// The lock of the directory, when nobody else has it.
-    lock: Mutex<Option<Directory>>,
+    /// The locks of its directories, where nobody else may use them.
+    locks: Mutex<Vec<Directory>>,
+    /// The data directory of its SQLite database.
     root: Option<PathBuf>,
 }
 
@@ -42,38 +43,34 @@ impl Reading {
 impl Source {
     /// `last`: nobody else may use it.
     pub(super) async fn open(location: &Location, last: bool) -> Result<Self, Error> {
-        let objects = open_objects(&location.objects).await?;
-        let root = match (&location.database, &location.objects) {
-            (DatabaseLocation::Sqlite(root), _)
-            | (DatabaseLocation::Postgres(_), ObjectLocation::Directory(root)) => {
-                Some(root.clone())
-            }
-            _ => None,
-        };
-        let (db, lock) = match &location.database {
+        let (db, mut locks, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
-                let root = root.clone();
-                tokio::task::spawn_blocking(move || open_sqlite(&root, last))
+                let path = root.clone();
+                let (db, lock) = tokio::task::spawn_blocking(move || open_sqlite(&path, last))
                     .await
-                    .unwrap_or(Err(Error::Stopped))?
+                    .unwrap_or(Err(Error::Stopped))?;
+                (db, Vec::from_iter(lock), Some(root.clone()))
             }
             DatabaseLocation::Postgres(url) => {
-                let db = Db::open_postgres(url, CONNECTIONS, context()).await?;
-                let lock = match &root {
-                    Some(root) if last => Some(lock(root, false).await?),
-                    _ => None,
-                };
+                let db = Db::open_postgres(url, CONNECTIONS, Context::new()).await?;
                 if last {
                     alone(&db).await?;
                 }
-                (Reading::Open(db), lock)
+                (Reading::Open(db), Vec::new(), None)
             }
         };
+        if let ObjectLocation::Directory(directory) = &location.objects
+            && last
+            && !locks.iter().any(|held| held.is(directory))
+        {
+            locks.push(lock(directory, false).await?);
+        }
+        let objects = open_objects(&location.objects).await?;
         let source = Self {
             db,
             objects,
             epoch: String::new(),
-            lock: Mutex::new(lock),
+            locks: Mutex::new(locks),
             root,
         };
         let mut tx = source.snapshot().await?;
@@ -92,13 +89,12 @@ impl Source {
     /// One moment of the source.
     pub(super) async fn snapshot(&self) -> Result<Tx, Error> {
         match &self.db {
-            Reading::Open(db) => match db.snapshot().await? {
-                Some(tx) => Ok(tx),
-                None => {
-                    let root = self.root.clone().ok_or(Error::Stopped)?;
-                    beside(&root).await
+            Reading::Open(db) => {
+                if let Some(tx) = db.snapshot().await? {
+                    return Ok(tx);
                 }
-            },
+                beside(self.root.as_deref().ok_or(Error::Stopped)?).await
+            }
             Reading::Beside(root) => beside(root).await,
         }
     }
@@ -115,11 +111,25 @@ impl Source {
         Ok(())
     }
 
-    /// Gives up the lock for the destination, when both are in one directory.
-    fn take_lock(&self, root: &Path) -> Option<Directory> {
-        let same = self.root.as_deref().is_some_and(|own| same_path(own, root));
-        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if same { lock.take() } else { None }
+    /// Closes it and puts its database aside, where its directory is the destination's now.
+    pub(super) async fn retire(self) -> Result<(), Error> {
+        let root = self.root.clone();
+        self.close().await?;
+        let Some(root) = root else {
+            return Ok(());
+        };
+        tokio::task::spawn_blocking(move || directory::retire(&root))
+            .await
+            .unwrap_or(Err(Error::Stopped))
+    }
+
+    /// Gives the lock of a directory to the destination, when both use it.
+    fn give_lock(&self, root: &Path) -> Option<Directory> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = locks
+            .iter()
+            .position(|held| held.is(root) || same_path(held.root(), root))?;
+        Some(locks.swap_remove(at))
     }
 }
 
@@ -131,55 +141,57 @@ pub(super) struct Destination {
     /// How messages name it, without secrets.
     pub(super) name: String,
     root: Option<PathBuf>,
-    directory: Option<Directory>,
-    /// A data directory that becomes whole at the end.
-    embedded: bool,
+    locks: Vec<Directory>,
+    /// It was filled to its end before.
+    pub(super) complete: bool,
 }
 
 impl Destination {
     /// Opens or makes it; it must be empty, or have a journal of the same source.
     pub(super) async fn open(location: &Location, source: &Source) -> Result<Self, Error> {
-        let root = match (&location.database, &location.objects) {
-            (DatabaseLocation::Sqlite(root), _) | (_, ObjectLocation::Directory(root)) => {
-                Some(root.clone())
-            }
-            _ => None,
-        };
-        let embedded = matches!(location.database, DatabaseLocation::Sqlite(_));
-        let directory = match &root {
-            None => None,
-            // The same lock cannot be held twice.
-            Some(root) => match source.take_lock(root).filter(|_| !embedded) {
-                Some(lock) => Some(lock),
-                None => Some(lock(root, embedded).await?),
-            },
-        };
-        let db = match &location.database {
+        let mut locks = Vec::new();
+        let (db, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
-                let path = directory::database(root);
-                let fresh = directory.as_ref().is_some_and(|directory| directory.fresh);
-                tokio::task::spawn_blocking(move || Db::open_sqlite(&path, fresh, context()))
+                // The same lock cannot be held twice.
+                drop(source.give_lock(root));
+                let directory = lock(root, true).await?;
+                let (path, fresh) = (directory::database(root), directory.fresh);
+                locks.push(directory);
+                let open = move || Db::open_sqlite(&path, fresh, Context::new());
+                let db = tokio::task::spawn_blocking(open)
                     .await
-                    .unwrap_or(Err(Error::Stopped))?
+                    .unwrap_or(Err(Error::Stopped))?;
+                (db, Some(root.clone()))
             }
             DatabaseLocation::Postgres(url) => {
-                Db::open_postgres(url, CONNECTIONS, context()).await?
+                let db = Db::open_postgres(url, CONNECTIONS, Context::new()).await?;
+                (db, None)
             }
         };
-        db.write(Begin {
-            epoch: source.epoch.clone(),
-            moved: source.moved().await?,
-        })
-        .await?;
-        failpoint("migrate.after_journal");
+        if let ObjectLocation::Directory(directory) = &location.objects
+            && !locks.iter().any(|held| held.is(directory))
+        {
+            let held = match source.give_lock(directory) {
+                Some(held) => held,
+                None => lock(directory, false).await?,
+            };
+            locks.push(held);
+        }
+        let complete = db
+            .write(Begin {
+                epoch: source.epoch.clone(),
+                moved: source.moved().await?,
+            })
+            .await?;
+        failpoint("carry.after_journal");
         Ok(Self {
             db,
             objects: open_objects(&location.objects).await?,
-            is_postgres: !embedded,
+            is_postgres: root.is_none(),
             name: describe(location),
             root,
-            directory,
-            embedded,
+            locks,
+            complete,
         })
     }
 
@@ -193,10 +205,10 @@ impl Destination {
 
     /// Declares a data directory whole.
     pub(super) fn finish_directory(&self) -> Result<(), Error> {
-        match &self.directory {
-            Some(directory) if self.embedded && directory.fresh => directory.finish(),
-            _ => Ok(()),
+        for directory in self.locks.iter().filter(|directory| directory.fresh) {
+            directory.finish()?;
         }
+        Ok(())
     }
 
     pub(super) async fn close(self) -> Result<(), Error> {
@@ -215,6 +227,12 @@ pub(super) fn same_objects(a: &ObjectLocation, b: &ObjectLocation) -> bool {
     }
 }
 
+/// Whether the data directory of an embedded store is where these objects are.
+pub(super) fn is_root_of(store: &Location, objects: &ObjectLocation) -> bool {
+    matches!((&store.database, objects),
+        (DatabaseLocation::Sqlite(root), ObjectLocation::Directory(directory)) if same_path(root, directory))
+}
+
 fn same_path(a: &Path, b: &Path) -> bool {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     real(a) == real(b)
@@ -226,7 +244,7 @@ fn open_sqlite(root: &Path, last: bool) -> Result<(Reading, Option<Directory>), 
     match (free, last) {
         (true, _) => {
             let directory = Directory::open(root)?;
-            let db = Db::open_sqlite(&directory::database(root), false, context())?;
+            let db = Db::open_sqlite(&directory::database(root), false, Context::new())?;
             Ok((Reading::Open(db), Some(directory)))
         }
         (false, true) => Err(Error::InUse(root.to_owned())),
@@ -260,7 +278,7 @@ async fn open_objects(objects: &ObjectLocation) -> Result<Objects, Error> {
 
 async fn beside(root: &Path) -> Result<Tx, Error> {
     let path = directory::database(root);
-    tokio::task::spawn_blocking(move || sql::sqlite_snapshot(&path, false, context()))
+    tokio::task::spawn_blocking(move || sql::sqlite_snapshot(&path, false, Context::new()))
         .await
         .unwrap_or(Err(Error::Stopped))
 }
@@ -269,7 +287,7 @@ async fn beside(root: &Path) -> Result<Tx, Error> {
 async fn alone(db: &Db) -> Result<(), Error> {
     let others = Statement::made(
         "SELECT COUNT(*) AS others FROM pg_stat_activity WHERE datname = current_database() \
-         AND usename = current_user AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+         AND application_name = current_setting('application_name') AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
             .to_owned(),
     );
     for _ in 0..SESSION_LOOKS {
@@ -280,7 +298,7 @@ async fn alone(db: &Db) -> Result<(), Error> {
         tokio::time::sleep(SESSION_PAUSE).await;
     }
     Err(Error::Moving(
-        "the source's database is in use by another session of this user; stop every replica first, or bring objects \
+        "the source's database is in use by another process of this program; stop every replica first, or bring objects \
          ahead with `--ahead`"
             .to_owned(),
     ))
@@ -313,12 +331,14 @@ struct Begin {
 }
 
 impl Body for Begin {
-    type Output = ();
+    /// Whether nothing is left to carry.
+    type Output = bool;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         let own = journal(&self.epoch);
         match fact(tx, JOURNAL).await? {
-            Some(found) if found == own => return Ok(()),
+            Some(found) if found == own => return Ok(false),
             Some(_) => {
                 return Err(Error::Moving(
                     "the destination is being filled from another store, choose an empty one"
@@ -327,21 +347,23 @@ impl Body for Begin {
             }
             None => {}
         }
+        let epoch = fact(tx, "epoch").await?;
         if let Some(place) = &self.moved {
+            if epoch.as_deref() == Some(self.epoch.as_str()) {
+                return Ok(true);
+            }
             return Err(Error::Moving(format!(
                 "the source was carried to {place} already"
             )));
         }
-        let holds_store = fact(tx, "epoch").await?.is_some();
-        if holds_store || tables::count(tx, "repository", "").await? > 0 {
+        if epoch.is_some() || tables::count(tx, "repository", "").await? > 0 {
             return Err(Error::Moving(
                 "the destination holds a store already, choose an empty one".to_owned(),
             ));
         }
         let add = Statement::made("INSERT INTO meta (key, value) VALUES ($1, $2)".to_owned());
-        tx.execute(add, &[JOURNAL.into(), own.into()])
-            .await
-            .map(drop)
+        tx.execute(add, &[JOURNAL.into(), own.into()]).await?;
+        Ok(false)
     }
 }
 
@@ -360,12 +382,7 @@ fn describe(location: &Location) -> String {
     }
 }
 
-fn context() -> Context {
-    Context::new()
-}
-
+/// One for the snapshot, and some for what is written beside.
+const CONNECTIONS: usize = 8;
 const SESSION_LOOKS: usize = 25;
 const SESSION_PAUSE: Duration = Duration::from_millis(200);
-
-/// Connections to PostgreSQL at once, at most.
-const CONNECTIONS: usize = 16;

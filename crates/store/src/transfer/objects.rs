@@ -20,7 +20,7 @@ use crate::blob::s3::{Completed, Failure, S3, pause, transfer};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::BlobContent;
-use crate::sql::{Body, Db, Row, Statement, Tx, Value};
+use crate::sql::{Body, Db, Row, Statement, Tx, Value, WriteKind};
 
 /// What the pass over the blobs needs to know.
 pub(crate) struct Moving<'a> {
@@ -88,7 +88,7 @@ impl Moving<'_> {
             };
             let ended = rows.is_empty();
             let wanted = self.rows(&at, &insert, rows, (last, end)).await?;
-            failpoint("migrate.after_blob_rows");
+            failpoint("carry.after_blob_rows");
             self.objects(wanted, report).await?;
             if ended {
                 return Ok(());
@@ -160,7 +160,7 @@ impl Moving<'_> {
                     report.objects_moved += 1;
                     report.bytes_moved += object.size;
                     self.db.write(Sound(object.id)).await?;
-                    failpoint("migrate.after_object");
+                    failpoint("carry.after_object");
                 }
                 Err(Broken::Source(problem)) => report.damaged.push(format!(
                     "blob `{}` is damaged at the source and stays so: {problem}",
@@ -236,16 +236,12 @@ async fn send_parts(s3: &S3, object: &Wanted, id: &str, reader: &mut Reader) -> 
     while !ended {
         let (mut chunks, mut length) = (Vec::new(), 0);
         while length < part {
-            match reader.next().await? {
-                Some(chunk) => {
-                    length += chunk.len() as u64;
-                    chunks.push(chunk);
-                }
-                None => {
-                    ended = true;
-                    break;
-                }
-            }
+            let Some(chunk) = reader.next().await? else {
+                ended = true;
+                break;
+            };
+            length += chunk.len() as u64;
+            chunks.push(chunk);
         }
         if chunks.is_empty() {
             break;
@@ -408,20 +404,19 @@ pub(crate) async fn verify(
                 continue;
             }
             let digest = row.digest(at.digest)?;
-            match row.opt_text(at.key)? {
-                Some(key) => wanted.push(Wanted {
+            if let Some(key) = row.opt_text(at.key)? {
+                wanted.push(Wanted {
                     id: row.i64(at.id)?,
                     digest,
                     size: row.u64(at.size)?,
                     key: StorageKey::parse(&key)?,
-                }),
-                None => {
-                    let body = row.opt_bytes(at.body)?.unwrap_or_default();
-                    if !digest.matches(&body) {
-                        report
-                            .problems
-                            .push(format!("the bytes of blob `{digest}` are damaged"));
-                    }
+                });
+            } else {
+                let body = row.opt_bytes(at.body)?.unwrap_or_default();
+                if !digest.matches(&body) {
+                    report
+                        .problems
+                        .push(format!("the bytes of blob `{digest}` are damaged"));
                 }
             }
         }
@@ -500,6 +495,7 @@ struct Replace {
 
 impl Body for Replace {
     type Output = std::collections::BTreeSet<i64>;
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Self::Output, Error> {
         let there = Statement::made(
@@ -566,6 +562,7 @@ struct Sound(i64);
 
 impl Body for Sound {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let statement = Statement::made("UPDATE blob SET state = 'ok' WHERE id = $1".to_owned());

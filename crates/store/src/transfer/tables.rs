@@ -12,7 +12,7 @@ use super::Report;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::sql::{Body, Db, Row, Statement, Tx, Value};
+use crate::sql::{Body, Db, Row, Statement, Tx, Value, WriteKind};
 
 /// A table, and how it is carried.
 pub(crate) struct Table {
@@ -71,6 +71,7 @@ pub(crate) const TABLES: &[Table] = &[
     whole("repository_blob", &["repository_id", "blob_id"]),
     // A manifest may have some MiB.
     table("manifest", &["id"], Carry::Whole, 16),
+    whole("damaged_manifest", &["manifest_id"]),
     whole("manifest_blob", &["manifest_id", "digest"]),
     whole("manifest_child", &["manifest_id", "digest"]),
     whole("referrer", &["repository_id", "subject", "digest"]),
@@ -89,16 +90,19 @@ pub(crate) const TABLES: &[Table] = &[
     whole("usage_total", &["namespace_id"]),
     whole("audit", &["id"]),
     whole("chain", &["name"]),
+    whole("pin_holder", &["holder"]),
     whole("pin", &["holder", "repository_id", "digest"]),
     table("attempt", &["id"], Carry::Whole, 100),
     whole("repository_total", &["repository_id"]),
     whole("pull", &["repository_id", "digest", "principal", "hour"]),
     whole("retention_run", &["id"]),
     whole("retention_decision", &["run_id", "repository", "tag"]),
+    // What became of the last commits of sessions that are gone.
+    table("commit_mark", &["session"], Carry::Left, 1),
 ];
 
 /// What says where a store is and how it stands, and is not carried.
-pub(crate) const OF_THE_PLACE: [&str; 4] = ["schema", "mode", JOURNAL, MOVED];
+pub(crate) const OF_THE_PLACE: [&str; 5] = ["schema", "schema_expanded", "mode", JOURNAL, MOVED];
 /// The row of `meta` that a destination has while it is being filled.
 pub(crate) const JOURNAL: &str = "migration";
 /// The row of `meta` that a source has after it was carried away.
@@ -221,7 +225,7 @@ impl Carrying<'_> {
         let mut statements = Vec::new();
         for table in TABLES.iter().rev() {
             let condition = match table.carry {
-                Carry::Blobs => continue,
+                Carry::Blobs | Carry::Left => continue,
                 // What the objects' pass put there is ours.
                 Carry::WithObjects if !self.objects_stay => continue,
                 Carry::Meta => format!(
@@ -236,7 +240,7 @@ impl Carrying<'_> {
             )));
         }
         self.to.write(Execute(statements)).await?;
-        failpoint("migrate.after_wipe");
+        failpoint("carry.after_wipe");
         Ok(())
     }
 
@@ -263,7 +267,7 @@ impl Carrying<'_> {
             );
             self.to.write(Execute(vec![statement])).await?;
         }
-        failpoint("migrate.after_tables");
+        failpoint("carry.after_tables");
         Ok(())
     }
 
@@ -313,7 +317,7 @@ impl Carrying<'_> {
             }
             carried += out.len() as u64;
             self.to.write(insert.rows(out)).await?;
-            failpoint("migrate.after_page");
+            failpoint("carry.after_page");
         }
         if let Some(events) = events
             && next_number != events.newest
@@ -494,6 +498,7 @@ pub(crate) struct InsertRows {
 
 impl Body for InsertRows {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         for chunk in self.rows.chunks(self.at_once) {
@@ -513,6 +518,7 @@ struct Execute(Vec<&'static Statement>);
 
 impl Body for Execute {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         for statement in &self.0 {
@@ -527,6 +533,7 @@ struct SetNewest(i64);
 
 impl Body for SetNewest {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let statement =
@@ -539,6 +546,7 @@ struct Discard(Vec<(String, Value)>);
 
 impl Body for Discard {
     type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let statement = discard_statement();

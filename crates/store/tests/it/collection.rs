@@ -1,10 +1,14 @@
 //! What the collector keeps and what it takes, on both engines.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Descriptor, Digest, Manifest, RepositoryName};
-use store::{Error, EventKind, Expected, GcOptions, Options, Statistics, Store};
+use store::{
+    Error, EventKind, Expected, ExpectedPins, GcOptions, Kind, Options, Pin, Reason, Statistics,
+    Store, Timestamp,
+};
 
 use crate::engine::{
     actor, assert_sound, by_digest, content, described, image, index, name, push_blob, push_image,
@@ -35,6 +39,9 @@ pub(crate) async fn keeps_the_contract(store: &Store) {
     what_is_shared_stays(store).await;
     absent_content_keeps_what_comes(store).await;
     repositories_go_in_steps(store).await;
+    pins_keep(store).await;
+    reasons_are_told(store).await;
+    a_dry_run_tells_what_the_run_does(store).await;
     nothing_is_left(store).await;
 }
 
@@ -394,6 +401,233 @@ async fn absent_content_keeps_what_comes(store: &Store) {
     assert!(!holds(store, &repository, &foreign).await);
 }
 
+/// Pins manifests of a repository, each for as many hours, and lets go of all others.
+async fn pin(store: &Store, repository: &RepositoryName, wanted: &[(&Manifest, u64)]) {
+    let now = store_now(store).await;
+    let pins = wanted.iter().map(|(view, hours)| Pin {
+        repository: repository.clone(),
+        digest: described(view).digest,
+        reason: "runs".to_owned(),
+        expires: (*hours > 0).then(|| now.plus(Duration::from_hours(*hours))),
+    });
+    let outcome = store
+        .set_pins(HOLDER, pins.collect(), ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
+    assert_eq!(outcome.held.len(), wanted.len());
+}
+
+const HOLDER: &str = "agent:host1";
+
+/// The time of a store whose clock was moved: that of a tag that moves now.
+async fn store_now(store: &Store) -> Timestamp {
+    static MOVES: AtomicU64 = AtomicU64::new(1000);
+    let repository = name("gc/clock");
+    let seed = MOVES.fetch_add(1, Ordering::Relaxed);
+    push_image(store, &repository, seed, &["now"]).await;
+    let state = store.tag(&repository, &tag("now")).await.unwrap();
+    state.unwrap().updated_at
+}
+
+async fn pins_keep(store: &Store) {
+    let repository = name("gc/pins");
+    let view = push_image(store, &repository, 80, &[]).await;
+    let child = push_image(store, &repository, 81, &[]).await;
+    let parent = index(&[described(&child)]);
+    put(store, &repository, &parent, &[]).await.unwrap();
+    pin(store, &repository, &[(&view, 0), (&parent, 50)]).await;
+    lease_over(store).await;
+    for view in [&view, &parent, &child] {
+        assert!(there(store, &repository, view).await);
+    }
+    let refused = store.delete_repository(&repository, &actor()).await;
+    assert!(
+        matches!(&refused, Err(Error::Pinned { holders, .. }) if holders == &["agent:host1"]),
+        "{refused:?}"
+    );
+    lease_over(store).await;
+    lease_over(store).await;
+    assert!(there(store, &repository, &view).await);
+    assert!(!there(store, &repository, &parent).await, "its pin is over");
+    pin(store, &repository, &[]).await;
+    lease_over(store).await;
+    assert!(!there(store, &repository, &view).await);
+    assert!(!there(store, &repository, &child).await);
+    lease_over(store).await;
+}
+
+async fn reasons_are_told(store: &Store) {
+    let repository = name("gc/reasons");
+    let child = push_image(store, &repository, 100, &[]).await;
+    let parent = index(&[described(&child)]);
+    put(store, &repository, &parent, &["v1"]).await.unwrap();
+    let config = push_blob(store, &repository, &Bytes::from_static(b"{}")).await;
+    let signature = referring(&config, &described(&child), 1);
+    put(store, &repository, &signature, &[]).await.unwrap();
+    let orphan = referring(&config, &Descriptor::of("text/plain", b"not yet"), 1);
+    put(store, &repository, &orphan, &[]).await.unwrap();
+    let kept = |view: &Manifest| {
+        let digest = described(view).digest;
+        let (store, repository) = (store.clone(), repository.clone());
+        async move { store.kept(&repository, &digest).await.unwrap() }
+    };
+    let fresh = kept(&child).await.unwrap();
+    assert!(matches!(
+        &fresh.reasons[..],
+        [Reason::Lease { .. }, Reason::Index { .. }]
+    ));
+    lease_over(store).await;
+    pin(store, &repository, &[(&parent, 50)]).await;
+    let above = kept(&parent).await.unwrap();
+    let [
+        Reason::Tag { tag: v1, by, .. },
+        Reason::Pin {
+            holder,
+            reason,
+            until: Some(_),
+            ..
+        },
+    ] = &above.reasons[..]
+    else {
+        panic!("{above:?}");
+    };
+    assert_eq!((v1.as_str(), by.as_str()), ("v1", "user:alice"));
+    assert_eq!((holder.as_str(), reason.as_str()), ("agent:host1", "runs"));
+    assert_eq!(above.until, None);
+    // From the signature to its subject, to the index that names it, to the tag.
+    let chain = kept(&signature).await.unwrap();
+    let [Reason::Subject { digest, because }] = &chain.reasons[..] else {
+        panic!("{chain:?}");
+    };
+    assert_eq!(*digest, described(&child).digest);
+    let [Reason::Index { digest, because }] = &because[..] else {
+        panic!("{chain:?}");
+    };
+    assert_eq!(*digest, described(&parent).digest);
+    assert_eq!(*because, above.reasons);
+    let waiting = kept(&orphan).await.unwrap();
+    assert!(
+        matches!(&waiting.reasons[..], [Reason::Waits { until, .. }] if waiting.until == Some(*until))
+    );
+    assert!(
+        store
+            .kept(&repository, &Digest::sha256(b"x"))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(
+        store
+            .kept(&name("no/such"), &config.digest)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    untag(store, &repository, "v1").await;
+    let ending = kept(&parent).await.unwrap();
+    assert!(ending.until.is_some() && ending.reasons.len() == 2);
+    // Nothing keeps it, and the collector has not come yet.
+    pin(store, &repository, &[]).await;
+    store.advance_clock(LEASE);
+    let nothing = kept(&parent).await.unwrap();
+    assert!(nothing.reasons.is_empty() && nothing.until.is_some());
+    store
+        .delete_repository(&repository, &actor())
+        .await
+        .unwrap();
+    lease_over(store).await;
+}
+
+async fn a_dry_run_tells_what_the_run_does(store: &Store) {
+    let repository = name("gc/dry");
+    for seed in 110..114 {
+        push_image(store, &repository, seed, &[]).await;
+    }
+    let kept = push_image(store, &repository, 114, &["v1"]).await;
+    for seed in 120..124 {
+        push_blob(store, &repository, &content(seed, 20_000)).await;
+    }
+    // A blob that another repository holds as well frees nothing.
+    let shared = push_blob(store, &repository, &content(124, 20_000)).await;
+    let other = name("gc/shares");
+    push_blob(store, &other, &content(124, 20_000)).await;
+    put(store, &other, &image(&shared, &[]), &["v1"])
+        .await
+        .unwrap();
+    store.advance_clock(LEASE);
+    let before = store.statistics().await.unwrap();
+    let whole = store.collection_dry_run(None, 200).await.unwrap();
+    assert_eq!(whole.next, None);
+    // In pages it is the same.
+    let (mut items, mut cursor) = (Vec::new(), None);
+    loop {
+        let page = store
+            .collection_dry_run(cursor.as_deref(), 3)
+            .await
+            .unwrap();
+        assert!(page.looked_at <= 3);
+        items.extend(page.items);
+        cursor = page.next;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    assert_eq!(items, whole.items);
+    assert!(store.collection_dry_run(Some("?"), 3).await.is_err());
+    let after = store.statistics().await.unwrap();
+    assert_eq!(after.manifests, before.manifests, "nothing was done");
+
+    let collected = |store: &Store| store.collection_totals().collected;
+    let begin = collected(store);
+    store.maintain_once().await.unwrap();
+    for ((kind, number, bytes), (_, number_before, bytes_before)) in
+        collected(store).into_iter().zip(begin)
+    {
+        let told: Vec<_> = whole
+            .items
+            .iter()
+            .filter(|item| item.kind == kind)
+            .collect();
+        let told_bytes = |kind| {
+            let of = whole.items.iter().filter(|item| item.kind == kind);
+            of.map(|item| item.bytes).sum::<u64>()
+        };
+        match kind {
+            // What a hold was the last one of is told with the hold.
+            Kind::RepositoryBlob => assert_eq!(number - number_before, told.len() as u64),
+            Kind::Blob => assert_eq!(
+                bytes - bytes_before,
+                told_bytes(Kind::RepositoryBlob) + told_bytes(Kind::Blob)
+            ),
+            _ => {
+                assert_eq!(number - number_before, told.len() as u64, "{kind:?}");
+                assert_eq!(bytes - bytes_before, told_bytes(kind), "{kind:?}");
+            }
+        }
+    }
+    assert_eq!(
+        whole
+            .items
+            .iter()
+            .filter(|item| item.kind == Kind::Manifest)
+            .count(),
+        4
+    );
+    assert!(whole.items.iter().any(|item| item.bytes == 20_000));
+    for item in &whole.items {
+        let digest = item.digest.as_ref().unwrap();
+        assert!(store.kept(&repository, digest).await.unwrap().is_none());
+    }
+    assert!(there(store, &repository, &kept).await);
+    for repository in ["gc/dry", "gc/shares", "gc/clock"] {
+        store
+            .delete_repository(&name(repository), &actor())
+            .await
+            .unwrap();
+    }
+    lease_over(store).await;
+}
+
 async fn repositories_go_in_steps(store: &Store) {
     let repository = name("gc/whole");
     let view = push_image(store, &repository, 90, &["v1"]).await;
@@ -492,6 +726,8 @@ async fn nothing_is_left(store: &Store) {
     );
     assert_eq!(store.namespace_usage("gc").await.unwrap(), (0, 0));
     assert!(store.repositories(None, 10).await.unwrap().is_empty());
+    let lags = store.collection_lag().await.unwrap();
+    assert!(lags.iter().all(|lag| lag.due == 0 && lag.oldest.is_none()));
     let status = store.collection_status().await.unwrap();
     assert!(
         status.queue.iter().all(|length| length.waiting == 0),

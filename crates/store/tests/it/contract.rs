@@ -12,6 +12,8 @@ use crate::engine::{
     Engine, actor, assert_sound, by_digest, by_tag, content, described, image, index, name,
     postgres, push_blob, push_image, push_in_pieces, put, put_of, read_blob, sqlite, tag, write_of,
 };
+use crate::object_store_faults::uploads_keep_the_contract;
+use crate::postgres::Server;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
@@ -50,6 +52,18 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         engine.store.clone().close().await.unwrap();
     }
     for engine in [
+        sqlite(crate::retention::options()).await,
+        postgres(crate::retention::options()).await,
+    ] {
+        let store = &engine.store;
+        crate::retention::what_no_rule_keeps_is_removed_and_can_be_put_back(&engine).await;
+        crate::retention::what_moved_after_the_plan_stays(&engine).await;
+        crate::retention::many_tags_are_walked_in_pages(store).await;
+        crate::retention::runs_come_by_the_clock(store).await;
+        assert_sound(store).await;
+        engine.store.clone().close().await.unwrap();
+    }
+    for engine in [
         sqlite(Options {
             allow_sparse: true,
             ..options()
@@ -64,11 +78,16 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
         sparse_edges_are_filled(&engine.store).await;
         assert_sound(&engine.store).await;
     }
+    uploads_keep_the_contract(None).await;
+    uploads_keep_the_contract(Some(&Server::start().await)).await;
     for engine in [
         sqlite(collection::options()).await,
         postgres(collection::options()).await,
     ] {
         collection::keeps_the_contract(&engine.store).await;
+    }
+    for engine in [sqlite(options()).await, postgres(options()).await] {
+        crate::reindex::contract(&engine).await;
     }
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use oci::{Algorithm, Digest};
 use store::{Expected, Options, Store, verify_audit, verify_store};
@@ -15,8 +16,9 @@ const DIRECTORY: &str = "STORE_KILL_DIRECTORY";
 
 #[tokio::test]
 async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
-    // Imports and migrations have kills of their own.
-    let pushes = |point: &&&str| !point.starts_with("import.") && !point.starts_with("migrate.");
+    // Imports, migrations and backups have kills of their own.
+    let others = ["import.", "carry.", "backup.", "export.", "restore."];
+    let pushes = |point: &&&str| !others.iter().any(|prefix| point.starts_with(prefix));
     for point in store::failpoints().iter().filter(pushes) {
         let directory = tempfile::tempdir().unwrap();
         let dir = directory.path().join("data");
@@ -62,6 +64,11 @@ async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
                     .await
                     .unwrap()
                     .is_none(),
+                "deleted" => !store
+                    .repositories(None, 100)
+                    .await
+                    .unwrap()
+                    .contains(&name(value)),
                 other => panic!("{other}"),
             };
             assert!(there, "`{point}`: {line}");
@@ -130,6 +137,19 @@ async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
         .await
         .unwrap();
     acknowledge("untag gone".to_owned());
+    // What nothing keeps any more is collected, and a whole repository in steps.
+    let doomed = name("a/doomed");
+    let stray = push_blob(store, &doomed, &content(8, 90_000)).await;
+    put(store, &doomed, &image(&stray, &[]), &["v1"])
+        .await
+        .unwrap();
+    for _ in 0..3 {
+        store.advance_clock(Duration::from_hours(25));
+        store.maintain_once().await.unwrap();
+    }
+    store.delete_repository(&doomed, &actor()).await.unwrap();
+    acknowledge("deleted a/doomed".to_owned());
+    store.maintain_once().await.unwrap();
 }
 
 #[expect(

@@ -1,25 +1,46 @@
 //! The contract of the store, run on both engines.
 
 #[cfg(test)]
+mod backup;
+#[cfg(test)]
+mod backup_kill;
+#[cfg(test)]
 mod cluster;
 #[cfg(test)]
 mod collection;
+#[cfg(test)]
+mod collection_race;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
 mod engine;
-#[cfg(feature = "failpoints")]
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod kill_transfer;
+#[cfg(test)]
 mod modes;
+#[cfg(test)]
 mod object_store;
 #[cfg(test)]
+mod object_store_faults;
+#[cfg(test)]
 mod postgres;
+#[cfg(test)]
+mod recovery;
+#[cfg(test)]
+mod reindex;
+#[cfg(test)]
 mod reports;
 #[cfg(test)]
+mod retention;
+#[cfg(test)]
 mod scrub;
+#[cfg(test)]
+mod stand_in;
+#[cfg(test)]
+mod transfer;
 #[cfg(test)]
 mod uploads;

@@ -7,15 +7,21 @@ use std::process::{Child, Command, Stdio};
 pub(crate) struct Server {
     child: Option<Child>,
     directory: tempfile::TempDir,
+    /// Where its data is in its directory.
+    data: &'static str,
+    settings: Vec<String>,
 }
 
 impl Server {
     /// Starts a server, or fails with what to install.
     pub(crate) async fn start() -> Self {
-        let mut server = Self {
-            child: None,
-            directory: directory(),
-        };
+        Self::start_with(|_| Vec::new()).await
+    }
+
+    /// The same with more settings, which may name files in the server's directory.
+    pub(crate) async fn start_with(settings: impl Fn(&Path) -> Vec<String>) -> Self {
+        let mut server = Self::new();
+        server.settings = settings(server.directory());
         let made = run(&programs().join("initdb"))
             .args([
                 "--auth=trust",
@@ -34,12 +40,18 @@ impl Server {
         server
     }
 
-    /// A standby that follows this server.
-    pub(crate) async fn standby(&self) -> Self {
-        let mut standby = Self {
+    fn new() -> Self {
+        Self {
             child: None,
             directory: directory(),
-        };
+            data: "data",
+            settings: Vec::new(),
+        }
+    }
+
+    /// A standby that follows this server.
+    pub(crate) async fn standby(&self) -> Self {
+        let mut standby = Self::new();
         let made = run(&programs().join("pg_basebackup"))
             .args(["--write-recovery-conf", "--no-sync", "--username=postgres"])
             .args(["--checkpoint=fast", "--wal-method=stream", "-h"])
@@ -69,6 +81,7 @@ impl Server {
             "unix_socket_directories={}",
             self.directory.path().display()
         ));
+        command.args(self.settings.iter().flat_map(|setting| ["-c", setting]));
         command.stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         loop {
@@ -107,6 +120,39 @@ impl Server {
         self.url(name)
     }
 
+    /// The directory of the server, which it may write to.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Copies the running server with its own tool into `base` of its directory.
+    pub(crate) fn base_backup(&self) {
+        let done = run(&programs().join("pg_basebackup"))
+            .args([
+                "--username=postgres",
+                "--wal-method=none",
+                "--checkpoint=fast",
+            ])
+            .arg("--host")
+            .arg(self.directory())
+            .arg("--pgdata")
+            .arg(self.directory().join("base"))
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(done.success(), "`pg_basebackup` failed");
+    }
+
+    /// Stops this server, and starts the copy in `base` with these settings for its recovery.
+    pub(crate) async fn recover(mut self, settings: &[String]) -> Self {
+        self.stop(rustix::process::Signal::INT);
+        self.data = "base";
+        self.settings = settings.to_vec();
+        std::fs::write(self.data().join("recovery.signal"), "").unwrap();
+        self.go().await;
+        self
+    }
+
     /// How to reach a database of this server.
     pub(crate) fn url(&self, database: &str) -> String {
         Self::url_of(&[self], database)
@@ -122,7 +168,7 @@ impl Server {
     }
 
     fn data(&self) -> PathBuf {
-        self.directory.path().join("data")
+        self.directory.path().join(self.data)
     }
 }
 
@@ -183,7 +229,7 @@ fn run(program: &Path) -> Command {
     }
 }
 
-fn set_mode(path: &Path, mode: u32) {
+pub(crate) fn set_mode(path: &Path, mode: u32) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }

@@ -21,6 +21,20 @@ const TARGET: &str = "  - name: shop
 ";
 
 #[test]
+fn reports_are_made_unless_they_are_not_wanted() {
+    let config = parse("version: 1\nregistry: registry.example\n").unwrap();
+    assert!(config.report && config.holder.is_none());
+    let config = parse("version: 1\nregistry: {report: false, holder: deploy/host1}\n").unwrap();
+    assert!(!config.report);
+    assert_eq!(config.holder.as_deref(), Some("deploy/host1"));
+    for bad in ["", "/a", "a//b", "a/..", &"x".repeat(200)] {
+        let text = format!("version: 1\nregistry:\n  holder: '{bad}'\n");
+        let error = error(&text);
+        assert!(error.starts_with("agent.yaml:3: `holder`"), "{error}");
+    }
+}
+
+#[test]
 fn everything_that_can_be_said_is_read() {
     let directory = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(directory.path().join(name), text).unwrap();

@@ -51,8 +51,8 @@ CREATE INDEX collection_queue_failed ON collection_queue (kind) WHERE attempts >
 -- Since when the subject of this row is gone; NULL while it is there, and where it never was.
 ALTER TABLE referrer ADD COLUMN subject_gone_at BIGINT;
 
-CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest) WHERE blob_id IS NULL;
-CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest) WHERE child_id IS NULL;
+CREATE INDEX manifest_blob_unfilled ON manifest_blob (repository_id, digest, blob_id) WHERE blob_id IS NULL;
+CREATE INDEX manifest_child_unfilled ON manifest_child (repository_id, digest, child_id) WHERE child_id IS NULL;
 
 -- A set of pins is replaced as a whole; its version changes with it.
 CREATE TABLE pin_holder (

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 /// A pattern: `*` stands for any text without `/`, `**` for any text, `?` for one character but `/`.
 ///
 /// `shop/**` matches everything beneath `shop`, not `shop` itself.
@@ -48,12 +50,12 @@ impl Glob {
     }
 
     /// Tells whether it stands for every tag, which hold no `/`.
-    pub(crate) fn is_everything(&self) -> bool {
+    pub fn is_everything(&self) -> bool {
         matches!(self.parts.as_slice(), [Part::Any | Part::Within])
     }
 
     /// Tells whether it stands for every repository, whose names hold `/`.
-    pub(crate) fn is_all_repositories(&self) -> bool {
+    pub fn is_all_repositories(&self) -> bool {
         matches!(self.parts.as_slice(), [Part::Any])
     }
 
@@ -101,6 +103,19 @@ impl fmt::Display for Glob {
 impl fmt::Debug for Glob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Glob({:?})", self.text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Glob {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::from_str(&text).map_err(serde::de::Error::custom)
+    }
+}
+
+impl Serialize for Glob {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.text)
     }
 }
 

@@ -1,0 +1,220 @@
+//! A process is killed at every step of an import and of a migration; the same work again comes to its end, nothing is
+//! doubled, and the store is sound.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use oci::{Descriptor, Digest, media_type};
+use serde_json::json;
+use store::import::{self, Layouts, Placement, Plans, Report, Shape, StoreSink};
+use store::transfer::{self, Settings, Verify};
+use store::{Location, Options, Store, verify_audit, verify_store};
+
+use crate::engine::{content, image, name, push_blob, put, tag};
+
+const DIRECTORY: &str = "STORE_KILL_TRANSFER_DIRECTORY";
+
+#[tokio::test]
+async fn an_import_that_is_killed_at_any_step_goes_on() {
+    for point in points("import.") {
+        let directory = tempfile::tempdir().unwrap();
+        let (source, dir) = (
+            directory.path().join("source"),
+            directory.path().join("data"),
+        );
+        make_layout(&source);
+        Store::open(&dir, Options::default())
+            .await
+            .unwrap()
+            .close()
+            .await
+            .unwrap();
+        let killed = child(directory.path(), "child_that_imports", point);
+        assert_eq!(
+            killed.signal(),
+            Some(9),
+            "`{point}` was not passed: {killed}"
+        );
+        let report = verify_store(&dir).await.unwrap();
+        assert!(
+            report.problems.is_empty(),
+            "`{point}`: {:?}",
+            report.problems
+        );
+        let report = bring(directory.path()).await;
+        assert!(report.is_complete(), "`{point}`: {report:?}");
+        assert_eq!(report.source, report.destination, "`{point}`");
+        // The upload that the killed run left ends by its time, and its object with it.
+        let store = Store::open(&dir, Options::default()).await.unwrap();
+        store.advance_clock(std::time::Duration::from_hours(48));
+        for _ in 0..3 {
+            store.maintain_once().await.unwrap();
+        }
+        let statistics = store.statistics().await.unwrap();
+        assert_eq!(
+            (statistics.uploads, statistics.manifests),
+            (0, 3),
+            "`{point}`"
+        );
+        store.close().await.unwrap();
+        let report = verify_store(&dir).await.unwrap();
+        assert!(
+            report.problems.is_empty(),
+            "`{point}`: {:?}",
+            report.problems
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_migration_that_is_killed_at_any_step_goes_on() {
+    for point in points("carry.") {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+        let store = Store::open(&from, Options::default()).await.unwrap();
+        let repository = name("a/b");
+        let config = push_blob(&store, &repository, &content(1, 100)).await;
+        let large = push_blob(&store, &repository, &content(2, 700_000)).await;
+        put(
+            &store,
+            &repository,
+            &image(&config, &[large]),
+            &["v1", "v2"],
+        )
+        .await
+        .unwrap();
+        let epoch = store.epoch().to_owned();
+        let newest = store.event_bounds().await.unwrap().newest;
+        store.close().await.unwrap();
+        let killed = child(directory.path(), "child_that_migrates", point);
+        assert_eq!(
+            killed.signal(),
+            Some(9),
+            "`{point}` was not passed: {killed}"
+        );
+        // A place that is half filled is no store.
+        assert!(
+            Store::open(&to, Options::default()).await.is_err(),
+            "`{point}`"
+        );
+        let report = carry(directory.path()).await;
+        assert!(report.finished, "`{point}`: {report:?}");
+        let report = verify_store(&to).await.unwrap();
+        assert!(
+            report.problems.is_empty(),
+            "`{point}`: {:?}",
+            report.problems
+        );
+        verify_audit(&to).await.unwrap();
+        let store = Store::open(&to, Options::default()).await.unwrap();
+        assert_eq!(store.epoch(), epoch);
+        assert_eq!(store.event_bounds().await.unwrap().newest, newest);
+        assert!(store.tag(&repository, &tag("v2")).await.unwrap().is_some());
+        store.close().await.unwrap();
+        assert!(
+            Store::open(&from, Options::default()).await.is_err(),
+            "`{point}`"
+        );
+    }
+}
+
+/// Imports when it is the child of the test above, else nothing.
+#[tokio::test]
+async fn child_that_imports() {
+    if let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) {
+        bring(&directory).await;
+    }
+}
+
+/// Migrates when it is the child of the test above, else nothing.
+#[tokio::test]
+async fn child_that_migrates() {
+    if let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) {
+        carry(&directory).await;
+    }
+}
+
+async fn bring(directory: &Path) -> Report {
+    let store = Store::open(&directory.join("data"), Options::default())
+        .await
+        .unwrap();
+    let source = Layouts::open(&directory.join("source"), Shape::Plain).unwrap();
+    let sink = StoreSink::new(&store, Placement::Link).unwrap();
+    let report = import::run(&source, &sink, &Plans::default())
+        .await
+        .unwrap();
+    store.close().await.unwrap();
+    report
+}
+
+async fn carry(directory: &Path) -> transfer::Report {
+    let settings = Settings {
+        verify: Verify::Full,
+        ..Settings::default()
+    };
+    let (from, to) = (directory.join("from"), directory.join("to"));
+    transfer::migrate(&Location::embedded(from), &Location::embedded(to), settings)
+        .await
+        .unwrap()
+}
+
+/// A layout with an index over two images, each with a layer that does not fit into a row.
+fn make_layout(root: &Path) {
+    let layout = root.join("team/app");
+    let blobs = layout.join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let write = |bytes: &[u8]| {
+        let digest = Digest::sha256(bytes);
+        std::fs::write(blobs.join(digest.hex()), bytes).unwrap();
+        Descriptor::new("application/octet-stream", digest, bytes.len() as u64)
+    };
+    let config = write(b"{}");
+    let children: Vec<Descriptor> = (0..2)
+        .map(|seed| {
+            let layer = write(&content(seed, 300_000));
+            let bytes = image(&config, &[layer]).to_bytes();
+            write(&bytes);
+            Descriptor::of(media_type::OCI_MANIFEST, &bytes)
+        })
+        .collect();
+    let bytes = crate::engine::index(&children).to_bytes();
+    write(&bytes);
+    let mut entry = Descriptor::of(media_type::OCI_INDEX, &bytes);
+    entry.annotations.insert(
+        "org.opencontainers.image.ref.name".to_owned(),
+        "v1".to_owned(),
+    );
+    std::fs::write(
+        layout.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
+    let index = json!({"schemaVersion": 2, "manifests": [entry]});
+    std::fs::write(layout.join("index.json"), index.to_string()).unwrap();
+}
+
+fn points(prefix: &str) -> Vec<&'static str> {
+    let points: Vec<_> = store::failpoints()
+        .iter()
+        .copied()
+        .filter(|point| point.starts_with(prefix))
+        .collect();
+    assert!(points.len() > 3);
+    points
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the test starts itself as the process that is killed"
+)]
+fn child(directory: &Path, test: &str, point: &str) -> ExitStatus {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("kill_transfer::{test}")])
+        .env(DIRECTORY, directory)
+        .env("LONGSHORE_FAILPOINT", format!("{point}:1"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap()
+}

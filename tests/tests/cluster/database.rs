@@ -1,0 +1,113 @@
+//! PostgreSQL restarts, fails over, and stands still.
+
+use std::time::Duration;
+
+use e2e::fault::Wire;
+use e2e::objects::Kind;
+use e2e::wire::wait_for;
+use e2e::{Cluster, ObjectStore, Postgres};
+
+use crate::{Pushers, Site, healthy, in_trouble, keepsake};
+
+#[test]
+fn a_restart_of_the_database_is_told_and_survived() {
+    let mut site = Site::start(Kind::Versitygw, 2);
+    let kept = keepsake(&site.servers[0], "restart");
+    let pushers = Pushers::start(&site.servers, 4);
+    for orderly in [true, false] {
+        pushers.wait_for_more(20);
+        let before = pushers.troubles();
+        if orderly {
+            site.cluster.postgres.stop();
+        } else {
+            site.cluster.postgres.kill();
+        }
+        // Nothing can be told from the database now; what is said must be the truth.
+        let answer = wait_for("an answer without a database", || {
+            let answer = site.servers[0].get("/v2/kept/restart/manifests/small");
+            (answer.status() != 200).then_some(answer)
+        });
+        in_trouble(&answer);
+        let answer = site.servers[1].request("POST", "/v2/kept/restart/blobs/uploads/", &[], &[]);
+        in_trouble(&answer);
+        wait_for("a refused push", || {
+            (pushers.troubles() > before).then_some(())
+        });
+        site.cluster.postgres.restart();
+        pushers.wait_for_more(20);
+    }
+    let pushed = pushers.finish();
+    healthy(&mut site.servers);
+    pushed.refused_clearly();
+    pushed.all_there(&site.servers);
+    for server in &site.servers {
+        kept.readable(server);
+    }
+}
+
+#[test]
+fn a_fail_over_to_a_standby_loses_nothing() {
+    let cluster = Cluster::of(Postgres::start(), ObjectStore::start(Kind::Minio));
+    let mut storage = cluster.storage();
+    let name = storage.database.rsplit('/').next().unwrap().to_owned();
+    let standby = cluster.postgres.standby();
+    storage.database = Postgres::url_of_any(&[&cluster.postgres, &standby], &name);
+    let mut site = Site::over(cluster, storage, 2);
+    let kept = keepsake(&site.servers[0], "failover");
+    let pushers = Pushers::start(&site.servers, 4);
+    pushers.wait_for_more(40);
+    let before = pushers.troubles();
+    site.cluster.postgres.kill();
+    wait_for("a refused push", || {
+        (pushers.troubles() > before).then_some(())
+    });
+    standby.promote();
+    pushers.wait_for_more(40);
+    let pushed = pushers.finish();
+    healthy(&mut site.servers);
+    pushed.refused_clearly();
+    pushed.all_there(&site.servers);
+    for server in &site.servers {
+        kept.readable(server);
+    }
+    // A replica that starts now finds its way as well.
+    let mut late = e2e::cluster::replicas(&crate::options(&site.storage), 1);
+    kept.readable(&late[0]);
+    healthy(&mut late);
+}
+
+#[test]
+fn a_database_that_is_out_of_reach_or_stands_still_is_told_and_survived() {
+    let cluster = Cluster::start(Kind::Versitygw);
+    let wire = Wire::start(&format!("127.0.0.1:{}", cluster.postgres.port()));
+    let mut storage = cluster.storage();
+    let direct = format!(":{}/", cluster.postgres.port());
+    storage.database = storage
+        .database
+        .replace(&direct, &format!(":{}/", wire.port()));
+    let mut site = Site::over(cluster, storage, 2);
+    let kept = keepsake(&site.servers[0], "wire");
+    let pushers = Pushers::start(&site.servers, 4);
+    for round in 0..3 {
+        pushers.wait_for_more(10);
+        let before = pushers.troubles();
+        wire.cut();
+        wait_for("a refused push", || {
+            (pushers.troubles() > before).then_some(())
+        });
+        wire.mend();
+        pushers.wait_for_more(10);
+        // The net that comes back late: what waited goes on, or is refused.
+        wire.stand_still();
+        std::thread::sleep(Duration::from_millis(300 * (round + 1)));
+        wire.mend();
+    }
+    pushers.wait_for_more(10);
+    let pushed = pushers.finish();
+    healthy(&mut site.servers);
+    pushed.refused_clearly();
+    pushed.all_there(&site.servers);
+    for server in &site.servers {
+        kept.readable(server);
+    }
+}
