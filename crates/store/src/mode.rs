@@ -181,10 +181,12 @@ impl Gate {
         let Some(disk) = &self.disk else {
             return false;
         };
-        // The measure may say that there is room while a quota or a large write says that there is none.
-        let made_room = disk.release();
+        // First the measure: what the reserve gives is not for users. It may say that there is room while a quota or a
+        // large write says that there is none.
+        let had = disk.reserve.exists();
         self.measure();
-        made_room
+        disk.release();
+        had
     }
 
     /// Measures the disk and enters or leaves the mode; makes the reserve when there is room for it. Blocks.

@@ -201,7 +201,7 @@ fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
     let disk = Disk::new(&scratch, "64m");
     let options = Options::new(tools::program())
         .data(disk.data())
-        .config("version: 1\nstorage: {floor: 2MiB}\ngc: {read_grace: 1s, keep_deleted: 1s}\n");
+        .config("version: 1\nstorage: {floor: 2MiB}\ngc: {keep_deleted: 1s}\n");
     let mut server = Server::with(&options);
     let kept = keepsake(&server);
     let reserve = disk.data().join("reserve");
