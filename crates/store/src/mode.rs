@@ -196,6 +196,11 @@ impl Gate {
         }
     }
 
+    /// Measures the disk now, because a write of a file met its end.
+    pub(crate) fn measure_now(&self) {
+        let _ = self.measure();
+    }
+
     /// Measures the disk and enters or leaves the mode; what it has when that is enough.
     fn measure(&self) -> Option<Room> {
         let disk = self.disk.as_ref()?;
