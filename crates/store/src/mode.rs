@@ -181,10 +181,12 @@ impl Gate {
         let Some(disk) = &self.disk else {
             return false;
         };
-        // The measure may say that there is room while a quota or a large write says that there is none.
-        let made_room = disk.release();
+        // First the measure: what the reserve gives is not for users. It may say that there is room while a quota or a
+        // large write says that there is none.
+        let had = disk.reserve.exists();
         self.measure();
-        made_room
+        disk.release();
+        had
     }
 
     /// Measures the disk and enters or leaves the mode; makes the reserve when there is room for it. Blocks.
@@ -192,6 +194,11 @@ impl Gate {
         if let (Some(room), Some(disk)) = (self.measure(), &self.disk) {
             disk.make(room);
         }
+    }
+
+    /// Measures the disk now, because a write of a file met its end.
+    pub(crate) fn measure_now(&self) {
+        let _ = self.measure();
     }
 
     /// Measures the disk and enters or leaves the mode; what it has when that is enough.
@@ -407,24 +414,20 @@ impl Body for Set {
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         // Waits for every transaction of a user that is under way, and keeps new ones back.
         tx.exclude_users().await?;
-        let (action, target) = match &self.reason {
-            Some(reason) => {
-                let Timestamp(at) = tx.now();
-                let commanded = Commanded {
-                    text: reason.clone(),
-                    by: self.actor.principal.clone(),
-                    at,
-                };
-                let text = serde_json::to_string(&commanded).map_err(|error| {
-                    Error::Database(format!("the mode cannot be written: {error}"))
-                })?;
-                tx.execute(&COMMAND, &[text.into()]).await?;
-                ("mode.read-only", reason.clone())
-            }
-            None => {
-                tx.execute(&NORMAL, &[]).await?;
-                ("mode.normal", String::new())
-            }
+        let (action, target) = if let Some(reason) = &self.reason {
+            let Timestamp(at) = tx.now();
+            let commanded = Commanded {
+                text: reason.clone(),
+                by: self.actor.principal.clone(),
+                at,
+            };
+            let text = serde_json::to_string(&commanded)
+                .map_err(|error| Error::Database(format!("the mode cannot be written: {error}")))?;
+            tx.execute(&COMMAND, &[text.into()]).await?;
+            ("mode.read-only", reason.clone())
+        } else {
+            tx.execute(&NORMAL, &[]).await?;
+            ("mode.normal", String::new())
         };
         audit::allowed(tx, &self.actor, action, target).await
     }
