@@ -282,7 +282,7 @@ impl Worker {
         }
         let asked = Instant::now();
         let target = format!("/v2/{repository}/blobs/uploads/");
-        if way % 3 == 0 {
+        if way.is_multiple_of(3) {
             let from = self.pick_repository();
             self.event("mount");
             let query = format!("?mount={}&from={from}", blob.digest);
@@ -295,7 +295,7 @@ impl Worker {
                     self.finish(&location(&answer)?, blob, bytes)?;
                     Ok(asked + lease)
                 }
-                _ => return Err(refused("mount", &answer)),
+                _ => Err(refused("mount", &answer)),
             };
         }
         if way % 3 == 1 {
@@ -355,7 +355,7 @@ impl Worker {
     fn push(&mut self, repository: &str) -> anyhow::Result<()> {
         let mut until = Vec::new();
         let mut blobs = Vec::new();
-        for _ in 0..1 + self.random.below(4) {
+        for _ in 0..=self.random.below(4) {
             let (blob, bytes) = self.layer();
             if blobs.contains(&blob) {
                 continue;
@@ -389,20 +389,19 @@ impl Worker {
                 .iter()
                 .find(|(known, _)| known == blob)
                 .map(|(_, bytes)| bytes.clone());
-            match bytes {
-                Some(bytes) => until.push(self.provide(repository, blob, &bytes)?),
-                None => {
-                    // Its bytes are not kept here: it is there, or this manifest cannot be made again.
-                    let asked = Instant::now();
-                    self.event("HEAD of a blob");
-                    let target = format!("/v2/{repository}/blobs/{}", blob.digest);
-                    let answer = self.send("HEAD", &target, &[], &[])?;
-                    match answer.status() {
-                        200 => until.push(asked + self.shared.lease / 2),
-                        404 => return Ok(()),
-                        _ => return Err(refused("HEAD of a blob", &answer)),
-                    }
-                }
+            if let Some(bytes) = bytes {
+                until.push(self.provide(repository, blob, &bytes)?);
+                continue;
+            }
+            // Its bytes are not kept here: it is there, or this manifest cannot be made again.
+            let asked = Instant::now();
+            self.event("HEAD of a blob");
+            let target = format!("/v2/{repository}/blobs/{}", blob.digest);
+            let answer = self.send("HEAD", &target, &[], &[])?;
+            match answer.status() {
+                200 => until.push(asked + self.shared.lease / 2),
+                404 => return Ok(()),
+                _ => return Err(refused("HEAD of a blob", &answer)),
             }
         }
         let tag = self.new_tag();
@@ -499,7 +498,7 @@ impl Worker {
                 self.wrong(Kind::Unknown, format!("PUT {target}: {}", answer.text()));
                 Ok(())
             }
-            _ => return Err(refused("PUT of a manifest", &answer)),
+            _ => Err(refused("PUT of a manifest", &answer)),
         }
     }
 
@@ -563,7 +562,7 @@ impl Worker {
                 self.known(repository).collected(&wanted);
                 Ok(())
             }
-            _ => return Err(refused("HEAD of a manifest", &answer)),
+            _ => Err(refused("HEAD of a manifest", &answer)),
         }
     }
 
@@ -596,7 +595,7 @@ impl Worker {
             }
             // An index names it, maybe one that is released and not collected yet.
             405 | 409 if known.named.contains(wanted) => Ok(()),
-            _ => return Err(refused("DELETE of a manifest", &answer)),
+            _ => Err(refused("DELETE of a manifest", &answer)),
         }
     }
 
@@ -702,8 +701,10 @@ impl Worker {
             }
             _ => return Err(refused("DELETE of a repository", &answer)),
         }
-        let mut after = Repository::default();
-        after.gone = known.tags.keys().cloned().collect();
+        let after = Repository {
+            gone: known.tags.keys().cloned().collect(),
+            ..Repository::default()
+        };
         self.repositories.insert(repository.clone(), after);
         if let Some(tag) = self.one_of(known.tags.keys()) {
             let target = format!("/v2/{repository}/manifests/{tag}");
