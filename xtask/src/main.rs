@@ -27,6 +27,7 @@ mod provision;
 mod shell;
 mod soak;
 mod test;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -67,6 +68,8 @@ enum Command {
     Deny,
     /// Runs the official conformance program against the built server: 0 failed, 0 skipped.
     Conformance(conformance::Options),
+    /// Runs the previous program on the newest schema and back.
+    Upgrade(upgrade::Options),
     /// Kills the server at every failpoint and at random, and lets its disk refuse to sync.
     Kill(kill::Options),
     /// Cuts the power of the server's file system (needs root).
@@ -101,6 +104,7 @@ fn main() -> ExitCode {
         Command::Deny => deny::run(),
         Command::Conformance(options) => conformance::run(&options),
         Command::Kill(options) => kill::run(&options),
+        Command::Upgrade(options) => upgrade::run(&options),
         Command::PowerCut(options) => power_cut::run(&options),
         Command::Soak(options) => soak::run(&options),
         Command::Bench(arguments) => bench::run(&arguments),

@@ -98,19 +98,10 @@ pub(crate) async fn open(
         return Err(Error::BlobDamaged(digest.clone()));
     }
     let content = match row.opt_text(2)? {
-        Some(key) => open_object(inner, &StorageKey::parse(&key)?, size).await?,
+        Some(key) => inner.objects.read(&StorageKey::parse(&key)?, size)?,
         None => BlobContent::Inline(Bytes::from(row.take_bytes(1)?)),
     };
     Ok(Some(Blob { size, content }))
-}
-
-/// Opens an object of exactly this size for reading.
-pub(crate) async fn open_object(
-    inner: &Inner,
-    key: &StorageKey,
-    size: u64,
-) -> Result<BlobContent, Error> {
-    inner.objects.read(key, size)
 }
 
 impl Blob {

@@ -159,14 +159,6 @@ impl Options {
     /// Lays what a test asks for in the environment over these settings: `LONGSHORE_TEST_LEASE=2s` makes leases
     /// shorter than a configuration may, so that a test sees them end, and with them the time that deleted objects wait. Without the feature `failpoints` it does nothing.
     #[doc(hidden)]
-    #[cfg_attr(
-        not(feature = "failpoints"),
-        expect(
-            clippy::unused_self,
-            clippy::needless_pass_by_ref_mut,
-            reason = "only a test build changes it"
-        )
-    )]
     pub fn test_switches(&mut self) {
         #[cfg(feature = "failpoints")]
         if let Ok(text) = std::env::var("LONGSHORE_TEST_LEASE") {

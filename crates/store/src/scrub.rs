@@ -449,7 +449,7 @@ impl Subject {
     async fn read(&self, inner: &Arc<Inner>, pace: &mut Pace) -> Verdict {
         let content = match (&self.key, &self.body) {
             (Some(key), _) => match StorageKey::parse(key) {
-                Ok(key) => blob::open_object(inner, &key, self.size).await,
+                Ok(key) => inner.objects.read(&key, self.size),
                 Err(error) => Err(error),
             },
             (None, body) => Ok(BlobContent::Inline(body.clone().unwrap_or_default().into())),

@@ -54,12 +54,13 @@ impl Export {
         let report = if let Some(from) = &self.from {
             let source = Live::new(global.client()?, from, self.parallel, self.rate)?;
             let sink = Directories::new(&self.to);
-            import::run(&source, &sink, &plans).await?
+            Box::pin(import::run(&source, &sink, &plans)).await?
         } else {
             let store = self.place.open("export").await?;
             let sink = Directories::new(&self.to);
             let source = StoreSource::new(&store);
-            let outcome = beside_maintenance(&store, import::run(&source, &sink, &plans)).await;
+            let outcome =
+                beside_maintenance(&store, Box::pin(import::run(&source, &sink, &plans))).await;
             store.close().await?;
             outcome?
         };

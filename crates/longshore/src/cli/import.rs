@@ -133,7 +133,8 @@ impl Import {
     ) -> anyhow::Result<Exit> {
         let store = self.place.open("import").await?;
         let sink = StoreSink::new(&store, placement)?;
-        let outcome = beside_maintenance(&store, import::run(source, &sink, &plans)).await;
+        let outcome =
+            beside_maintenance(&store, Box::pin(import::run(source, &sink, &plans))).await;
         store.close().await?;
         let report = outcome?;
         show(&report, global)
@@ -143,12 +144,11 @@ impl Import {
 /// Runs work on a store beside its background work.
 pub(crate) async fn beside_maintenance(
     store: &Store,
-    work: impl Future<Output = Result<Report, import::Failure>>,
+    mut work: impl Future<Output = Result<Report, import::Failure>> + Unpin,
 ) -> anyhow::Result<Report> {
-    tokio::pin!(work);
     tokio::select! {
         outcome = &mut work => Ok(outcome?),
-        () = store.maintain() => {
+        () = Box::pin(store.maintain()) => {
             anyhow::bail!("the store stopped, look at its log and run this again")
         }
     }
@@ -224,12 +224,11 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
             ));
         }
         for problem in &report.problems {
-            match &problem.repository {
-                Some(repository) => {
-                    output::line(format!("skipped: {repository}: {}", problem.message))
-                }
-                None => output::line(format!("skipped: {}", problem.message)),
-            }
+            let place = problem
+                .repository
+                .as_ref()
+                .map_or_else(String::new, |repository| format!("{repository}: "));
+            output::line(format!("skipped: {place}{}", problem.message));
         }
         for difference in &report.differences {
             let there = difference

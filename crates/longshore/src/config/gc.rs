@@ -52,7 +52,7 @@ impl Gc {
                     options.lease.as_secs() / 3600
                 );
             }
-            gc.beyond_lease = untagged - options.lease;
+            gc.beyond_lease = untagged.saturating_sub(options.lease);
         }
         for (key, text, place) in [
             (

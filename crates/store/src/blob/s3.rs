@@ -170,6 +170,13 @@ impl S3 {
 
     /// Asks for an object that is not there: the answer tells whether the bucket is, and whether we may.
     async fn check(&self) -> Result<(), Error> {
+        let credentials = limited(CONTROL, self.0.store.credentials().get_credential());
+        if let Err(failure) = credentials.await {
+            return Err(unusable(format!(
+                "there are no credentials for `{}`, set `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`: {failure}",
+                self.0.name
+            )));
+        }
         let key = StorageKey::parse(&"0".repeat(32))?;
         let path = self.path(&key);
         let asked = attempts(|| limited(CONTROL, self.0.store.get_range(&path, 0..1))).await;

@@ -384,7 +384,7 @@ async fn absent_content_keeps_what_comes(store: &Store) {
         urls: vec!["https://example.com/layer".to_owned()],
         ..Descriptor::of("application/octet-stream", &bytes)
     };
-    let child = image(&config, &[foreign.clone()]);
+    let child = image(&config, std::slice::from_ref(&foreign));
     let parent = index(&[described(&child)]);
     // The index comes before its child, the image before its layer.
     put(store, &repository, &parent, &["sparse"]).await.unwrap();

@@ -80,9 +80,9 @@ impl From<object_store::Error> for Failure {
             {
                 Self::Refused(text)
             }
+            // A 404 that comes here is not about the object: whoever gives credentials may answer so.
             _ => match status(&text) {
-                Some(404) => Self::Missing(text),
-                Some(408 | 425 | 429) | None => Self::Again(text),
+                Some(404 | 408 | 425 | 429) | None => Self::Again(text),
                 Some(400..=499) => Self::Refused(text),
                 Some(_) => Self::Again(text),
             },

@@ -197,16 +197,9 @@ impl Pool {
             return Err(refused);
         }
         let problem = problems.join("; ");
-        match second_best.filter(|_| self.settings.read_only_too) {
-            Some(raw) => {
-                self.note(Some((problem, true)));
-                Ok(raw)
-            }
-            None => {
-                self.note(Some((problem.clone(), false)));
-                Err(unavailable(problem))
-            }
-        }
+        let second_best = second_best.filter(|_| self.settings.read_only_too);
+        self.note(Some((problem.clone(), second_best.is_some())));
+        second_best.ok_or_else(|| unavailable(problem))
     }
 
     async fn open_host(&self, host: &Config) -> Result<Raw, Error> {

@@ -124,9 +124,8 @@ impl Session {
                 self.client.batch_execute(COMMIT)
             )
         };
-        let (marked, committed) = match tokio::time::timeout(COMMIT_LIMIT, both).await {
-            Ok(both) => both,
-            Err(_) => return End::Unknown,
+        let Ok((marked, committed)) = tokio::time::timeout(COMMIT_LIMIT, both).await else {
+            return End::Unknown;
         };
         let failure = match (marked, committed) {
             (Ok(_), Ok(())) if self.warned.load(Ordering::Relaxed) => return End::Unknown,
