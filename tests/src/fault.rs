@@ -345,7 +345,9 @@ impl Head {
     fn text(&self) -> String {
         let mut text = format!("{}\r\n", self.first);
         for (name, value) in &self.fields {
-            text.push_str(&format!("{name}: {value}\r\n"));
+            for part in [name, ": ", value, "\r\n"] {
+                text.push_str(part);
+            }
         }
         text + "\r\n"
     }

@@ -48,9 +48,13 @@ pub(crate) fn authorization(request: &Request<'_>, keys: &Keys) -> String {
     );
     for (name, value) in &headers {
         let value: Vec<_> = value.split_whitespace().collect();
-        canonical.push_str(&format!("{name}:{}\n", value.join(" ")));
+        for part in [name, ":", &value.join(" "), "\n"] {
+            canonical.push_str(part);
+        }
     }
-    canonical.push_str(&format!("\n{names}\n{}", request.payload));
+    for part in ["\n", &names, "\n", request.payload] {
+        canonical.push_str(part);
+    }
 
     let day = request.date.get(..8).unwrap_or_default();
     let scope = format!("{day}/{REGION}/s3/aws4_request");

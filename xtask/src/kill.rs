@@ -50,7 +50,55 @@ pub(crate) struct Options {
 }
 
 /// Steps that one mode does not have, because it keeps files or objects in another way.
-const ELSEWHERE: &[(&str, Mode)] = &[];
+fn is_elsewhere(point: &str, mode: Mode) -> bool {
+    let (files, objects) = (
+        [
+            "upload.before_spill",
+            "upload.after_spill_row",
+            "upload.after_create",
+            "upload.after_write",
+            "upload.before_sync",
+            "upload.after_sync",
+            "upload.after_entry_sync",
+            "commit.before_sync",
+            "commit.after_sync",
+            "commit.after_entry_sync",
+            "migrate.before_copy",
+            "migrate.after_copy",
+        ],
+        [
+            "upload.after_name_row",
+            "upload.after_create_multipart",
+            "upload.after_multipart_row",
+            "upload.after_part",
+            "upload.after_tail",
+            "commit.before_complete",
+            "commit.after_complete",
+            "outbox.after_abort",
+            "seal.before",
+            "seal.after_numbers",
+            "seal.after_events",
+        ],
+    );
+    match mode {
+        Mode::Embedded => objects.contains(&point),
+        Mode::Cluster => files.contains(&point),
+    }
+}
+
+/// Steps of commands, not of a server: the tests of these commands kill there.
+fn is_of_a_command(point: &str) -> bool {
+    [
+        "import.",
+        "export.",
+        "transfer.",
+        "backup.",
+        "restore.",
+        "reindex.",
+    ]
+    .iter()
+    .any(|prefix| point.starts_with(prefix))
+}
 
 /// What ends a server.
 #[derive(Debug)]
@@ -74,9 +122,23 @@ impl Death {
 
     /// Whether the step needs leases of seconds to be reached.
     fn collects(&self) -> bool {
-        matches!(self, Self::Point(name, _) if name.starts_with("collect."))
+        matches!(self, Self::Point(name, _) if name.starts_with("collect.") || name == ABORT)
+    }
+
+    /// Whether the step needs blobs that an object store takes in parts.
+    fn is_of_parts(&self) -> bool {
+        let of_parts = |name: &str| {
+            name == ABORT
+                || ["multipart", "part", "complete"]
+                    .iter()
+                    .any(|word| name.contains(word))
+        };
+        matches!(self, Self::Point(name, _) if of_parts(name))
     }
 }
+
+/// The end of a multipart upload that was given up, some time after it was.
+const ABORT: &str = "outbox.after_abort";
 
 /// How many lives a store has before a fresh one is taken: a long life makes each check long.
 const LIVES: u64 = 20;
@@ -97,6 +159,17 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     if let Some(part) = &options.point {
         points.retain(|name| name.contains(part.as_str()));
     }
+    points.retain(|point| {
+        let why = if is_elsewhere(point, options.mode) {
+            "this mode has no such step"
+        } else if is_of_a_command(point) {
+            "a step of a command, killed in the tests of it"
+        } else {
+            return true;
+        };
+        println!("-       {point}: {why}");
+        false
+    });
     let (migrations, points): (Vec<&str>, Vec<&str>) = points
         .into_iter()
         .partition(|name| name.starts_with("migrate."));
@@ -119,10 +192,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let mut deaths = Vec::new();
     for pass in 0..options.passes {
         for point in &points {
-            if ELSEWHERE.contains(&(*point, options.mode)) {
-                println!("-       {point}: this mode has no such step");
-                continue;
-            }
             // The first time, and later ones in later passes, when a thread, a batch or a table is another.
             let time = if pass == 0 { 1 } else { 1 + random.below(12) };
             deaths.push(Death::Point((*point).to_owned(), time));
@@ -275,7 +344,13 @@ fn once(
         Ok(mut victim) => {
             let mut urls = vec![victim.url().to_owned()];
             urls.extend(others.iter().map(|server| server.url().to_owned()));
-            let work = Work::start(death.collects(), &urls, "load", seed);
+            let work = match (death.collects(), death.is_of_parts()) {
+                (false, true) => Work::Pushes(Load::start_large(&urls, "load", 2, seed)),
+                (mixed, _) => Work::start(mixed, &urls, "load", seed),
+            };
+            // With leases of seconds nobody may expect of a push what it expects.
+            let besides = (death.collects() && death.is_of_parts())
+                .then(|| Load::start_large(&urls, "large", 2, seed));
             let died = await_death(&mut victim, death, &work);
             if !died && matches!(death, Death::Point(..)) && !others.is_empty() {
                 // What works in the background may have been done by the others.
@@ -288,6 +363,7 @@ fn once(
             victim.kill();
             let survived = others_serve(&others, &work);
             known = Some(work.finish());
+            drop(besides.map(Load::finish));
             if !died && let Death::Point(name, _) = death {
                 bail!("`{name}` was not passed under load");
             }

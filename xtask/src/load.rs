@@ -149,6 +149,15 @@ impl Load {
     /// Starts `count` pushers; their repositories are `{prefix}/{number}`. Each begins at one of the servers and
     /// goes on at the next when one fails.
     pub(crate) fn start(urls: &[String], prefix: &str, count: u64, seed: u64) -> Self {
+        Self::of_size(urls, prefix, count, seed, 20_000)
+    }
+
+    /// The same with large blobs: an object store takes them in parts.
+    pub(crate) fn start_large(urls: &[String], prefix: &str, count: u64, seed: u64) -> Self {
+        Self::of_size(urls, prefix, count, seed, 14 << 20)
+    }
+
+    fn of_size(urls: &[String], prefix: &str, count: u64, seed: u64, least: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
         let threads = (0..count)
@@ -157,6 +166,7 @@ impl Load {
                     urls: urls.to_vec(),
                     at: usize::try_from(number).unwrap_or(0) % urls.len(),
                     connection: None,
+                    least,
                     random: Random(seed.wrapping_mul(1009).wrapping_add(number)),
                     ledger: Ledger {
                         repository: format!("{prefix}/{number}"),
@@ -210,6 +220,8 @@ struct Pusher {
     urls: Vec<String>,
     /// Which of them it talks to.
     at: usize,
+    /// The least length of a blob that is pushed in pieces.
+    least: usize,
     connection: Option<Connection>,
     random: Random,
     ledger: Ledger,
@@ -224,7 +236,7 @@ impl Pusher {
         let length = 200 + usize::try_from(self.random.below(6000)).unwrap_or(0);
         let small = self.random.bytes(length);
         let small_digest = self.whole(&small)?;
-        let length = 20_000 + usize::try_from(self.random.below(200_000)).unwrap_or(0);
+        let length = self.least + usize::try_from(self.random.below(200_000)).unwrap_or(0);
         let large = self.random.bytes(length);
         let large_digest = self.in_pieces(&large)?;
         let manifest = json!({
@@ -365,7 +377,7 @@ impl Pusher {
         if opened.status() != 202 {
             return self.refused("POST of an upload", &opened);
         }
-        let bytes = self.random.bytes(50_000);
+        let bytes = self.random.bytes(self.least + 30_000);
         let headers = [("Content-Type", "application/octet-stream")];
         let answer = self.send("PATCH", &location(&opened)?, &headers, &bytes)?;
         if answer.status() != 202 {

@@ -190,7 +190,10 @@ impl Site {
                     // The audit chain is checked where the program can do it without a data directory.
                     let mut help = shell::command(&self.program);
                     if !shell::read(help.args(words).arg("--help"))?.contains("--config") {
-                        println!("`{}` cannot check a cluster", words.join(" "));
+                        static TOLD: std::sync::Once = std::sync::Once::new();
+                        TOLD.call_once(|| {
+                            println!("`{}` cannot check a cluster", words.join(" "));
+                        });
                         continue;
                     }
                     let mut command = shell::command(&self.program);

@@ -39,9 +39,9 @@ pub(crate) struct Options {
     /// How many clients at once.
     #[arg(long, default_value_t = 24)]
     workers: u64,
-    /// The lease in milliseconds; what a HEAD promises is half of it.
-    #[arg(long, default_value_t = 2000)]
-    lease: u64,
+    /// The lease in milliseconds, 2000 in embedded mode and 4000 in cluster mode; what a HEAD promises is half of it.
+    #[arg(long)]
+    lease: Option<u64>,
     /// Which S3 store is under a cluster.
     #[arg(long, value_enum, default_value_t = Store::Versitygw)]
     store: Store,
@@ -81,10 +81,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     println!("seed {seed}");
     let world = World::start(&program, options.mode, options.store)?;
     let site = world.site()?;
+    let lease = Duration::from_millis(options.lease.unwrap_or(match options.mode {
+        Mode::Embedded => 2000,
+        Mode::Cluster => 4000,
+    }));
     let mut settings = site
         .options()
         .config(CONFIG)
-        .env(LEASE, &format!("{}ms", options.lease));
+        .env(LEASE, &format!("{}ms", lease.as_millis()));
     if options.plant {
         settings = settings.env(BUG, "no-renewal");
     }
@@ -93,7 +97,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
         .iter()
         .map(|server| server.url().to_owned())
         .collect();
-    let lease = Duration::from_millis(options.lease);
     let shared = Arc::new(Shared::new(urls, "", lease, options.events, seed));
     let start = Instant::now();
     let mut workers = work(&shared, options, seed);

@@ -186,3 +186,10 @@ fn test_period(text: &str) -> Option<std::time::Duration> {
     let number: u64 = number.trim().parse().ok()?;
     Some(std::time::Duration::from_millis(number * millis))
 }
+
+/// Tells whether a test runs the process with leases of seconds (`LONGSHORE_TEST_LEASE`).
+#[cfg(feature = "failpoints")]
+pub(crate) fn short_leases() -> bool {
+    static SHORT: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *SHORT.get_or_init(|| std::env::var_os("LONGSHORE_TEST_LEASE").is_some())
+}

@@ -295,7 +295,7 @@ impl Body for NameObject {
                 .query_opt(&OBJECTS, &row)
                 .await?
                 .ok_or(Error::UploadUnknown)?;
-            let due = tx.now().plus(LATE_WRITES);
+            let due = tx.now().plus(late_writes());
             if matches!(self.object, Object::Multipart(_)) {
                 if let Some(key) = before.opt_text(0)? {
                     let multipart = before.opt_text(1)?.unwrap_or_default();
@@ -385,7 +385,7 @@ impl Body for Record {
                 .query_opt(&OBJECTS, &[self.id.into(), (self.version + 1).into()])
                 .await?
                 .ok_or(Error::UploadUnknown)?;
-            let due = tx.now().plus(LATE_WRITES);
+            let due = tx.now().plus(late_writes());
             let tail = tail.as_ref().map(StorageKey::as_str);
             for key in [before.opt_text(2)?, before.opt_text(3)?] {
                 if let Some(key) = key.filter(|key| Some(key.as_str()) != tail) {
@@ -511,7 +511,7 @@ async fn remove(tx: &mut Tx, id: i64) -> Result<bool, Error> {
 /// Sends every object that a removed row named to the outbox, but the one that became a blob.
 async fn discard_objects(tx: &mut Tx, gone: &Row, kept: Option<&StorageKey>) -> Result<(), Error> {
     let now = tx.now();
-    let late = now.plus(LATE_WRITES);
+    let late = now.plus(late_writes());
     let unused = |key: &String| kept.is_none_or(|kept| kept.as_str() != key);
     if let Some(key) = gone.opt_text(0)?.filter(unused) {
         match gone.opt_text(4)? {
@@ -532,6 +532,16 @@ async fn discard_objects(tx: &mut Tx, gone: &Row, kept: Option<&StorageKey>) -> 
 
 pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
     crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
+}
+
+/// How long the deletion of an object waits that a request may still be writing. A test with leases of seconds
+/// (`LONGSHORE_TEST_LEASE`) waits to see what is stored become what is referenced.
+fn late_writes() -> Duration {
+    #[cfg(feature = "failpoints")]
+    if crate::failpoint::short_leases() {
+        return Duration::from_secs(2);
+    }
+    LATE_WRITES
 }
 
 /// A request to an object store that was given up may still be carried out. Deleting waits until it has been.

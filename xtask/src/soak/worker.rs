@@ -295,7 +295,7 @@ impl Worker {
                     self.finish(&location(&answer)?, blob, bytes)?;
                     Ok(asked + lease)
                 }
-                _ => return Err(refused("mount", &answer)),
+                _ => Err(refused("mount", &answer)),
             };
         }
         if way % 3 == 1 {
@@ -390,18 +390,18 @@ impl Worker {
                 .find(|(known, _)| known == blob)
                 .map(|(_, bytes)| bytes.clone());
             if let Some(bytes) = bytes {
-                until.push(self.provide(repository, blob, &bytes)?)
-            } else {
-                // Its bytes are not kept here: it is there, or this manifest cannot be made again.
-                let asked = Instant::now();
-                self.event("HEAD of a blob");
-                let target = format!("/v2/{repository}/blobs/{}", blob.digest);
-                let answer = self.send("HEAD", &target, &[], &[])?;
-                match answer.status() {
-                    200 => until.push(asked + self.shared.lease / 2),
-                    404 => return Ok(()),
-                    _ => return Err(refused("HEAD of a blob", &answer)),
-                }
+                until.push(self.provide(repository, blob, &bytes)?);
+                continue;
+            }
+            // Its bytes are not kept here: it is there, or this manifest cannot be made again.
+            let asked = Instant::now();
+            self.event("HEAD of a blob");
+            let target = format!("/v2/{repository}/blobs/{}", blob.digest);
+            let answer = self.send("HEAD", &target, &[], &[])?;
+            match answer.status() {
+                200 => until.push(asked + self.shared.lease / 2),
+                404 => return Ok(()),
+                _ => return Err(refused("HEAD of a blob", &answer)),
             }
         }
         let tag = self.new_tag();
@@ -701,8 +701,10 @@ impl Worker {
             }
             _ => return Err(refused("DELETE of a repository", &answer)),
         }
-        let mut after = Repository::default();
-        after.gone = known.tags.keys().cloned().collect();
+        let after = Repository {
+            gone: known.tags.keys().cloned().collect(),
+            ..Repository::default()
+        };
         self.repositories.insert(repository.clone(), after);
         if let Some(tag) = self.one_of(known.tags.keys()) {
             let target = format!("/v2/{repository}/manifests/{tag}");
