@@ -209,7 +209,7 @@ impl Gate {
         let floor = disk.floor(room);
         let low = room.free < floor || room.files.is_some_and(|files| files < MIN_FILES);
         // What ends the mode is well above what begins it, so that it does not come and go with every file.
-        let enough = room.free >= 2 * floor + disk.size(room)
+        let enough = room.free >= 2 * floor + Disk::size(room)
             && room.files.is_none_or(|files| files >= 2 * MIN_FILES);
         if state.full.is_none() && low {
             let reason = format!(
@@ -231,7 +231,7 @@ impl Gate {
             );
             state.full = None;
         }
-        if state.full.is_some() && room.free < disk.size(room) {
+        if state.full.is_some() && room.free < Disk::size(room) {
             disk.release();
         }
         enough.then_some(room)
@@ -280,7 +280,7 @@ impl Disk {
     }
 
     /// Length of the reserve file.
-    fn size(&self, room: Room) -> u64 {
+    fn size(room: Room) -> u64 {
         MAX_RESERVE.min(room.total / 100)
     }
 
@@ -297,7 +297,7 @@ impl Disk {
 
     /// Makes the reserve when it is not there. It is no loss when that fails: the next look tries again.
     fn make(&self, room: Room) {
-        let size = self.size(room);
+        let size = Self::size(room);
         if size == 0 || self.reserve.exists() {
             return;
         }
