@@ -112,6 +112,11 @@ impl Cluster {
         Self { postgres, objects }
     }
 
+    /// What [`CLUSTER`] is set to for a suite that runs on it.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.postgres.port(), self.objects.endpoint())
+    }
+
     /// A storage in it that nobody has used.
     pub fn storage(&self) -> Storage {
         static USED: AtomicU64 = AtomicU64::new(0);

@@ -3,31 +3,59 @@
 //! Its exit status hides skipped checks, and a parent shows the best of its children; so the leaves
 //! of its own results are counted, and a skip is as bad as a failure.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
-use e2e::server::Options;
+use clap::Args;
 
+use crate::mode::{Mode, Store, World};
 use crate::shell;
+
+/// How the program runs.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// The conformance program, built from the distribution specification's `conformance` directory.
+    #[arg(value_name = "PROGRAM")]
+    conformance: PathBuf,
+    /// The run mode.
+    #[arg(long, value_enum, default_value_t = Mode::Embedded)]
+    mode: Mode,
+    /// How many replicas in cluster mode.
+    #[arg(long, default_value_t = 2)]
+    replicas: usize,
+    /// Which S3 store is under a cluster.
+    #[arg(long, value_enum, default_value_t = Store::Minio)]
+    store: Store,
+    /// Build the server with optimisation.
+    #[arg(long)]
+    release: bool,
+    /// Test this server instead of building it.
+    #[arg(long = "program", value_name = "SERVER")]
+    program: Option<PathBuf>,
+}
 
 /// How many checks must pass at least: what the program of June 2026 counts with everything on.
 const LEAST: u64 = 1032;
 
 /// Runs it; `false` unless everything passed and nothing was skipped.
-pub(crate) fn run(program: &Path, release: bool) -> anyhow::Result<bool> {
-    let program = std::path::absolute(program)?;
+pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
+    let program = std::path::absolute(&options.conformance)?;
     if !program.is_file() {
         bail!(
             "`{}` is not a program: build it from `conformance/` of a copy of the distribution specification, with `go build -o conformance .`",
             program.display()
         );
     }
-    let built = shell::build(release, &[])?;
-    let server = Options::new(built)
-        .config("version: 1\nstorage:\n  allow_sparse: true\n")
-        .start()
-        .map_err(|error| anyhow::anyhow!(error))?;
+    let built = shell::program(options.program.as_deref(), options.release, &[])?;
+    let world = World::start(&built, options.mode, options.store)?;
+    let site = world.site()?;
+    // The program speaks to one of them; the others are there, as they are for every client of a cluster.
+    let settings = site
+        .options()
+        .config("version: 1\nstorage:\n  allow_sparse: true\n");
+    let servers = site.servers(&settings, options.replicas)?;
+    let server = servers.first().context("a server was started")?;
     let results = tempfile::tempdir()?;
     println!("running {} against {}", program.display(), server.url());
     let status = Command::new(&program)

@@ -27,6 +27,7 @@ mod provision;
 mod shell;
 mod soak;
 mod test;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,13 +67,9 @@ enum Command {
     /// Checks licences, bans, duplicates and sources of all dependencies against `deny.toml`.
     Deny,
     /// Runs the official conformance program against the built server: 0 failed, 0 skipped.
-    Conformance {
-        /// The program, built from the distribution specification's `conformance` directory.
-        program: PathBuf,
-        /// Build the server with optimisation.
-        #[arg(long)]
-        release: bool,
-    },
+    Conformance(conformance::Options),
+    /// Runs the previous program on the newest schema and back.
+    Upgrade(upgrade::Options),
     /// Kills the server at every failpoint and at random, and lets its disk refuse to sync.
     Kill(kill::Options),
     /// Cuts the power of the server's file system (needs root).
@@ -105,8 +102,9 @@ fn main() -> ExitCode {
             tools.missing.is_empty()
         }),
         Command::Deny => deny::run(),
-        Command::Conformance { program, release } => conformance::run(&program, release),
+        Command::Conformance(options) => conformance::run(&options),
         Command::Kill(options) => kill::run(&options),
+        Command::Upgrade(options) => upgrade::run(&options),
         Command::PowerCut(options) => power_cut::run(&options),
         Command::Soak(options) => soak::run(&options),
         Command::Bench(arguments) => bench::run(&arguments),

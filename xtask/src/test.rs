@@ -8,10 +8,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use crate::{Part, engine, provision, shell};
+use crate::{Part, engine, mode, provision, shell};
 
-/// The tests of the store's contract, which start a PostgreSQL server.
-const POSTGRES: &str = "contract::";
+/// The store's tests that start PostgreSQL servers and S3 stores.
+const SERVERS: &[&str] = &["contract::", "object_store", "transfer::", "reindex::"];
+
+/// What of the suites for both run modes is about files, and so about embedded mode alone.
+const FILES: &[&str] = &[
+    "disk::",
+    "demo::",
+    "a_data_directory_in_use_newer_or_foreign_is_left_alone",
+];
 
 /// What one part of the tests came to.
 #[derive(Debug, Default)]
@@ -40,9 +47,17 @@ pub(crate) fn run(
 ) -> anyhow::Result<bool> {
     let mut counts = Vec::new();
     if only != Some(Part::E2e) {
+        // What is built with Go takes minutes; the tests that need it come later.
+        let tools = (only.is_none()).then(|| std::thread::spawn(provision::tools));
         let mut cargo = workspace();
-        cargo.args(filter).args(["--", "--skip", POSTGRES]);
+        cargo.args(filter).arg("--");
+        for name in SERVERS {
+            cargo.args(["--skip", name]);
+        }
         counts.push(tests("unit", &mut cargo)?);
+        if let Some(Err(error)) = tools.map(std::thread::JoinHandle::join) {
+            std::panic::resume_unwind(error);
+        }
     }
     if only != Some(Part::Unit) {
         end_to_end(filter, program, &mut counts)?;
@@ -75,10 +90,20 @@ fn end_to_end(
         None => shell::build(false, &[])?,
     };
 
-    if filter.is_none_or(|filter| filter.contains(POSTGRES)) {
+    if filter.is_none_or(|filter| SERVERS.iter().any(|name| filter.contains(name))) {
         let mut cargo = workspace();
-        cargo.args(["--test", "it", POSTGRES]);
-        counts.push(tests("both databases", &mut cargo)?);
+        cargo.args(["--test", "it", "--"]);
+        match filter {
+            Some(filter) => cargo.arg(filter),
+            None => cargo.args(SERVERS),
+        };
+        cargo
+            .env("LONGSHORE_TEST_S3_MINIO", tools.dir.join("bin/minio"))
+            .env(
+                "LONGSHORE_TEST_S3_VERSITYGW",
+                tools.dir.join("bin/versitygw"),
+            );
+        counts.push(tests("databases and object stores", &mut cargo)?);
     }
 
     let engine = engine::engine()?;
@@ -110,21 +135,34 @@ fn end_to_end(
         counts.push(tests("compose engine", &mut cargo)?);
     }
 
-    let mut cargo = shell::cargo();
-    cargo
-        .args(["test", "--package", "e2e", "--no-fail-fast", "--"])
-        .args(filter);
-    cargo.args(["--test-threads", "4"]);
-    for (name, _) in &tools.not_run {
-        cargo.args(["--skip", name]);
+    let end_to_end = |only: &[&str], skip: &[&str]| {
+        let mut cargo = shell::cargo();
+        cargo
+            .args(["test", "--package", "e2e", "--no-fail-fast"])
+            .args(only)
+            .arg("--")
+            .args(filter);
+        cargo.args(["--test-threads", "4"]);
+        for name in tools.not_run.iter().map(|(name, _)| name).chain(skip) {
+            cargo.args(["--skip", name]);
+        }
+        cargo
+            .env(e2e::tools::PROGRAM, &program)
+            .env(e2e::tools::TOOLS, &tools.dir)
+            .env("PATH", with_path(&[&tools.dir.join("bin")]));
+        if let Some(host) = &engine.host {
+            cargo.env("DOCKER_HOST", host);
+        }
+        cargo
+    };
+    if filter.is_none_or(|filter| !filter.contains("cluster")) {
+        // The wire-level suite and the clients once more, on the other run mode.
+        let cluster = mode::cluster(e2e::Postgres::start, mode::Store::Minio)?;
+        let mut cargo = end_to_end(&["--test", "store", "--test", "it"], FILES);
+        cargo.env(e2e::cluster::CLUSTER, cluster.name());
+        counts.push(tests("end to end, cluster mode", &mut cargo)?);
     }
-    cargo
-        .env(e2e::tools::PROGRAM, &program)
-        .env(e2e::tools::TOOLS, &tools.dir)
-        .env("PATH", with_path(&[&tools.dir.join("bin")]));
-    if let Some(host) = &engine.host {
-        cargo.env("DOCKER_HOST", host);
-    }
+    let mut cargo = end_to_end(&[], &[]);
     let mut count = tests("end to end", &mut cargo)?;
     count.not_run = tools
         .not_run

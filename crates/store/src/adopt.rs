@@ -9,11 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::blob::StorageKey;
+use crate::blob::file_system::FileSystem;
+use crate::blob::objects::Objects;
+use crate::blob::s3::S3;
+use crate::clock::random_name;
+use crate::directory::{self, Directory};
 use crate::error::Error;
-use crate::location::{DatabaseLocation, Location};
+use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::{Actor, Options};
-use crate::sql::{Body, Db, Tx, WriteKind, statements};
-use crate::store::Store;
+use crate::sql::{Body, Context, Db, Tx, WriteKind, statements};
 use crate::{audit, collect};
 
 statements! {
@@ -94,7 +98,7 @@ impl Body for Adopt {
 /// Marks a database that was restored with PostgreSQL's own tools, while no replica runs on it. May be repeated.
 ///
 /// # Errors
-/// [`Error::Unavailable`] when programs are connected to the database, unless forced; as [`Store::open_at`].
+/// [`Error::Unavailable`] when programs are connected to the database, unless forced; as [`crate::Store::open_at`].
 pub async fn adopt(
     location: &Location,
     options: Options,
@@ -114,16 +118,68 @@ pub async fn adopt(
             });
         }
     }
-    let lease = options.lease;
-    let store = Store::open_at(location, options).await?;
-    let adopted = async {
-        let mut adopted = store.adopt(lease).await?;
-        adopted.unknown = store.look_for_unknown(how.discard_unknown, lease).await?;
-        Ok(adopted)
-    }
-    .await;
-    store.close().await?;
+    let (objects, _objects_lock) = match &location.objects {
+        ObjectLocation::Directory(root) => {
+            let files = FileSystem::open(directory::objects(root));
+            let objects = Objects::Directory(Arc::new(files));
+            let embedded =
+                matches!(&location.database, DatabaseLocation::Sqlite(data) if data == root);
+            let lock = if embedded {
+                None
+            } else {
+                Some(Directory::open_objects(root)?)
+            };
+            (objects, lock)
+        }
+        ObjectLocation::S3(bucket) => (Objects::S3(S3::connect(bucket).await?), None),
+    };
+    // Not the whole store: one that runs ends itself when it sees another epoch.
+    let (db, _lock) = match &location.database {
+        DatabaseLocation::Sqlite(data) => {
+            let lock = Directory::open_existing(data)?;
+            let path = directory::database(data);
+            (Db::open_sqlite(&path, false, Context::new())?, Some(lock))
+        }
+        DatabaseLocation::Postgres(url) => {
+            let connections = options.database_connections;
+            (
+                Db::open_postgres(url, connections, Context::new()).await?,
+                None,
+            )
+        }
+    };
+    let adopted = mark(&db, &objects, options.lease, how.discard_unknown).await;
+    db.close().await?;
     adopted
+}
+
+async fn mark(
+    db: &Db,
+    objects: &Objects,
+    lease: Duration,
+    discard: bool,
+) -> Result<Adopted, Error> {
+    let mut adopted = db
+        .write(Adopt {
+            epoch: random_name()?,
+            lease,
+            actor: actor(),
+            target: "database".to_owned(),
+        })
+        .await?;
+    let listed = objects.list().await?;
+    let keys: Vec<StorageKey> = listed.into_iter().filter_map(|(_, key)| key).collect();
+    for keys in keys.chunks(BATCH) {
+        let keys = keys.into();
+        adopted.unknown += db
+            .write(Unknown {
+                keys,
+                discard,
+                lease,
+            })
+            .await?;
+    }
+    Ok(adopted)
 }
 
 /// Looks which of these objects are in no row, and puts them into the outbox when they shall go.
@@ -153,40 +209,6 @@ impl Body for Unknown {
             }
         }
         Ok(unknown)
-    }
-}
-
-impl Store {
-    /// Counts the objects that are in no row, and puts them into the outbox with `discard`.
-    #[doc(hidden)]
-    pub async fn look_for_unknown(&self, discard: bool, lease: Duration) -> Result<u64, Error> {
-        let listed = self.inner().objects.list().await?;
-        let keys: Vec<StorageKey> = listed.into_iter().filter_map(|(_, key)| key).collect();
-        let mut unknown = 0;
-        for keys in keys.chunks(BATCH) {
-            let keys = keys.into();
-            let look = Unknown {
-                keys,
-                discard,
-                lease,
-            };
-            unknown += self.inner().db.write(look).await?;
-        }
-        Ok(unknown)
-    }
-
-    /// Marks this store as restored. Its own epoch is the new one after it is opened again.
-    #[doc(hidden)]
-    pub async fn adopt(&self, lease: Duration) -> Result<Adopted, Error> {
-        self.inner()
-            .db
-            .write(Adopt {
-                epoch: crate::clock::random_name()?,
-                lease,
-                actor: actor(),
-                target: "database".to_owned(),
-            })
-            .await
     }
 }
 

@@ -185,7 +185,7 @@ pub struct BackupLine {
 /// Lists what can be restored.
 ///
 /// # Errors
-/// [`Error::Damaged`] when it is no backup directory, [`Error::Newer`], [`Error::Io`].
+/// [`Error::Unusable`] when it is no backup directory, [`Error::Newer`], [`Error::Io`].
 pub fn list_backups(directory: &Path) -> Result<BackupList, Error> {
     let layout = Layout::open(directory)?;
     let (lines, problems) = layout.lines()?;

@@ -52,10 +52,25 @@ impl Directory {
         })
     }
 
-    /// Takes the lock of a directory that has objects and has lost its database.
-    pub(crate) fn open_without_database(root: &Path) -> Result<Self, Error> {
-        if !objects(root).is_dir() {
-            return Err(Error::damaged(
+    /// Takes the lock of a directory that is whole.
+    pub(crate) fn open_existing(root: &Path) -> Result<Self, Error> {
+        if read_format(root)?.is_none() {
+            return Err(Error::unusable(
+                root,
+                "it holds no `format` file, so it is not a data directory",
+            ));
+        }
+        Self::open(root)
+    }
+
+    /// Takes the lock of a directory that has objects and has lost its database. Where the objects are elsewhere, the
+    /// directory may be lost too.
+    pub(crate) fn open_without_database(root: &Path, has_objects: bool) -> Result<Self, Error> {
+        if !has_objects {
+            make_directory(root)?;
+            FileSystem::make(&objects(root))?;
+        } else if !objects(root).is_dir() {
+            return Err(Error::unusable(
                 root,
                 "it holds no objects, so it is not a data directory",
             ));
@@ -64,7 +79,7 @@ impl Directory {
         let lock = take_lock(root)?;
         let database = database(root);
         if database.exists() {
-            return Err(Error::damaged(
+            return Err(Error::unusable(
                 &database,
                 "the database is there; when it cannot be used, move it away with its `-wal` and `-shm` files first",
             ));

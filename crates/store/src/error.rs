@@ -26,6 +26,14 @@ pub enum Error {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// A place given to a command is not what the command needs. Nothing was changed there.
+    #[error("`{path}` cannot be used: {problem}")]
+    Unusable {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// The content has another digest.
     #[error("the content has digest `{actual}`, not `{expected}`")]
     DigestMismatch {
@@ -199,6 +207,13 @@ impl Error {
             operation,
             path: path.to_owned(),
             source,
+        }
+    }
+
+    pub(crate) fn unusable(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Unusable {
+            path: path.to_owned(),
+            problem: problem.into(),
         }
     }
 

@@ -199,13 +199,18 @@ impl Buffer {
     }
 }
 
-/// Writes what was counted when a minute is over.
+/// Writes what was counted when a minute is over. Where that cannot be now (a full disk, read-only mode), it is kept as far
+/// as the memory for it goes; other work does not wait for it.
 pub(crate) async fn flush_when_due(inner: &Inner) -> Result<(), Error> {
     let now = inner.clock.now();
     if !inner.flushing.is_due(now) {
         return Ok(());
     }
-    flush(inner).await?;
+    match flush(inner).await {
+        Ok(()) => {}
+        Err(Error::Stopped) => return Err(Error::Stopped),
+        Err(error) => tracing::debug!(%error, "pull statistics are written later"),
+    }
     let kept = hour(now.minus(inner.options.pull_retention));
     while !inner.db.read(&OLD, &[kept.into()]).await?.is_empty() {
         inner.db.write(Prune { before: kept }).await?;

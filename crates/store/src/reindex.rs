@@ -86,7 +86,7 @@ pub struct ReindexProgress {
 /// program is interrupted, the next one begins again.
 ///
 /// # Errors
-/// [`Error::Damaged`] when the directory has a database or no objects; [`Error::InUse`]; [`Error::Io`],
+/// [`Error::Unusable`] when the directory has a database or no objects; [`Error::InUse`]; [`Error::Io`],
 /// [`Error::Full`], [`Error::Database`]. What cannot be found again is in the report.
 pub async fn reindex(
     data: &Path,
@@ -153,8 +153,9 @@ async fn embedded(
     let data = data.to_owned();
     let scratch = data.join(SCRATCH);
     let (root, target) = (data.clone(), scratch.clone());
+    let here = objects.files().is_some();
     let (directory, db) = blocking(move || {
-        let directory = Directory::open_without_database(&root)?;
+        let directory = Directory::open_without_database(&root, here)?;
         remove_database(&target)?;
         let db = Db::open_sqlite(&target, true, Context::new())?;
         Ok((directory, db))

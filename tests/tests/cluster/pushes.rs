@@ -151,10 +151,16 @@ fn the_same_blobs_pushed_at_once_through_three_replicas_are_stored_once() {
                 e2e::wire::holds(server, &format!("same/app{number}"), &digest(layer));
             }
         }
-        // What lost the race is deleted by the outbox, and each blob has the one object that its row names.
-        e2e::wire::wait_for("the outbox", || {
-            let objects = site.cluster.objects_of(&site.storage);
-            (objects.len() == layers.len()).then_some(())
+        // Each blob has the one object that its row names, and what lost the race waits in the outbox.
+        let name = site.storage.database.rsplit('/').next().unwrap();
+        let rows = |table: &str| -> usize {
+            let statement = format!("SELECT COUNT(storage_key) FROM {table}");
+            site.cluster.postgres.sql(name, &statement).parse().unwrap()
+        };
+        assert_eq!(rows("blob"), layers.len());
+        e2e::wire::wait_for("what is neither a blob nor in the outbox", || {
+            let objects = site.cluster.objects_of(&site.storage).len();
+            (objects == layers.len() + rows("deletion") && rows("upload") == 0).then_some(())
         });
         assert_eq!(
             site.cluster.objects.open_uploads(e2e::cluster::BUCKET),

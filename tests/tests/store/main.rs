@@ -21,11 +21,12 @@ mod refusal;
 
 use std::path::Path;
 
+use e2e::cluster::Storage;
 use e2e::server::Options;
 use e2e::wire::{
     PATIENCE, finish, holds, noise, offset_of, open_upload, patch, range, refused, wait_for,
 };
-use e2e::{Run, Server, http, tools};
+use e2e::{Run, Scratch, Server, http, tools};
 
 /// A server with this configuration after `version: 1`.
 fn server(config: &str) -> Server {
@@ -34,10 +35,20 @@ fn server(config: &str) -> Server {
 
 /// Wants `verify-store` to find nothing.
 fn verify(data: &Path) {
-    let report = Run::new(tools::program())
-        .args(["--json", "verify-store"])
-        .arg(data)
-        .run();
+    let scratch = Scratch::new();
+    let mut run = Run::new(tools::program()).args(["--json", "verify-store"]);
+    run = match Storage::of_this_run(data) {
+        None => run.arg(data),
+        Some(storage) => {
+            let config = format!("version: 1\n{}", storage.config());
+            for (key, value) in storage.environment() {
+                run = run.env(key, value);
+            }
+            run.arg("--config")
+                .arg(scratch.write("verify.yaml", config))
+        }
+    };
+    let report = run.run();
     assert_eq!(report.code, Some(0), "{report}");
     assert_eq!(report.json()["problems"], serde_json::json!([]), "{report}");
 }

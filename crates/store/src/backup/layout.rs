@@ -47,7 +47,7 @@ impl Layout {
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(Error::damaged(
+                return Err(Error::unusable(
                     root,
                     format!("it holds no `{HEAD}`, so it is not a backup directory"),
                 ));
@@ -94,7 +94,7 @@ impl Layout {
                 let name = entry.file_name().to_string_lossy().into_owned();
                 let partial = format!("{HEAD}.partial");
                 if ![LOCK, OBJECTS, LINES, &partial, "lost+found"].contains(&name.as_str()) {
-                    return Err(Error::damaged(
+                    return Err(Error::unusable(
                         root,
                         format!("it holds `{name}` and no backup, choose an empty directory"),
                     ));
@@ -188,14 +188,14 @@ impl Layout {
 
     /// Begins a line; it has no name until [`Draft::publish`].
     pub(crate) fn draft(&self, now: Timestamp) -> Result<Draft, Error> {
-        let mut at = now.0.max(0);
-        let target = loop {
-            let path = self.root.join(LINES).join(format!("{at:020}"));
-            if !path.exists() {
-                break path;
-            }
-            at += 1;
-        };
+        // The names keep the order in which lines began, also when the clock went back.
+        let last = self
+            .names()?
+            .iter()
+            .filter_map(|name| name.get(..20)?.parse::<i64>().ok())
+            .max();
+        let at = now.0.max(last.map_or(0, |last| last + 1));
+        let target = self.root.join(LINES).join(format!("{at:020}"));
         let mut partial = target.clone().into_os_string();
         partial.push(PARTIAL);
         let partial = PathBuf::from(partial);

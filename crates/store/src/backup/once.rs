@@ -34,7 +34,7 @@ pub struct BackupMade {
 /// `link`: make hard links of objects in place of copies.
 ///
 /// # Errors
-/// [`Error::Damaged`] when `data` is no data directory; [`Error::InUse`] when another backup writes to `directory`;
+/// [`Error::Damaged`] or [`Error::Unusable`] when `data` is no data directory; [`Error::InUse`] when another backup writes to `directory`;
 /// [`Error::Full`], [`Error::Io`], [`Error::Database`].
 pub async fn backup(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
     let (data, directory) = (data.to_owned(), directory.to_owned());
@@ -47,7 +47,7 @@ fn run(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
     let alone = Directory::look(data)?;
     let database = directory::database(data);
     if !database.is_file() {
-        return Err(Error::damaged(
+        return Err(Error::unusable(
             &database,
             "it is missing, so there is nothing to back up",
         ));

@@ -42,8 +42,8 @@ pub struct Restored {
 /// before another lease.
 ///
 /// # Errors
-/// [`Error::Damaged`] when the backup holds no such point or is damaged where it is needed;
-/// [`Error::NotADataDirectory`] when `to` is not empty; [`Error::Newer`], [`Error::Full`], [`Error::Io`],
+/// [`Error::Damaged`] when the backup is damaged where it is needed; [`Error::Unusable`] when it holds no such point,
+/// and when `to` is not empty; [`Error::Newer`], [`Error::Full`], [`Error::Io`],
 /// [`Error::Database`].
 pub async fn restore(
     backup: &Path,
@@ -215,7 +215,7 @@ fn choose(backup: &Layout, at: Option<Timestamp>) -> Result<Point, Error> {
             at: reached.max(point),
         });
     }
-    Err(Error::damaged(
+    Err(Error::unusable(
         backup.root(),
         match problems.first() {
             Some(problem) => format!("it holds no point of that time: {problem}"),
@@ -575,7 +575,7 @@ pub(crate) fn require_empty(directory: &Path) -> Result<(), Error> {
             .to_string_lossy()
             .into_owned();
         if name != "lost+found" {
-            return Err(Error::damaged(
+            return Err(Error::unusable(
                 directory,
                 format!("it holds `{name}`, restore into an empty directory"),
             ));

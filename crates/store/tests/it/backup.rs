@@ -285,7 +285,7 @@ async fn what_the_store_deletes_stays_as_long_as_a_point_names_it() {
         &Options::default(),
     )
     .await;
-    assert!(matches!(gone, Err(Error::Damaged { .. })), "{gone:?}");
+    assert!(matches!(gone, Err(Error::Unusable { .. })), "{gone:?}");
     store.close().await.unwrap();
     let (_, new) = restored(root, None, "new").await;
     assert!(read_blob(&new, &repository, &blob.digest).await.is_some());
@@ -342,14 +342,20 @@ async fn one_backup_of_a_running_and_of_a_stopped_directory() {
             &Options::default(),
         )
         .await;
-        assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Err(Error::Unusable { .. })),
+            "{refused:?}"
+        );
     }
     let nothing = backup(&root.join("nothing"), &root.join("b2"), false).await;
     assert!(matches!(nothing, Err(Error::Damaged { .. })), "{nothing:?}");
     std::fs::create_dir(root.join("home")).unwrap();
     std::fs::write(root.join("home/letter.txt"), b"dear").unwrap();
     let foreign = backup(&data, &root.join("home"), false).await;
-    assert!(matches!(foreign, Err(Error::Damaged { .. })), "{foreign:?}");
+    assert!(
+        matches!(foreign, Err(Error::Unusable { .. })),
+        "{foreign:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

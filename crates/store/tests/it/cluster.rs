@@ -107,8 +107,14 @@ async fn events(store: &Store, from: i64) -> Vec<Event> {
 /// Every number once and in order, and every tag's moves in the order in which they happened.
 fn assert_in_order(events: &[Event], from: i64) {
     let mut pointed: BTreeMap<(String, String), Digest> = BTreeMap::new();
+    let mut written: BTreeMap<&str, usize> = BTreeMap::new();
     for (event, number) in events.iter().zip(from + 1..) {
         assert_eq!(event.number, number);
+        if let Ok(count) = event.media_type.parse::<usize>() {
+            let next = written.entry(&event.actor).or_default();
+            assert_eq!(count, *next, "{event:?}");
+            *next += 1;
+        }
         let Some(tag) = &event.tag else {
             continue;
         };
@@ -121,8 +127,8 @@ fn assert_in_order(events: &[Event], from: i64) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_of_every_replica_reach_every_reader_once_and_in_order() {
     const WRITERS: usize = 8;
-    const PUTS: usize = 25;
-    const TAGS: usize = 50;
+    const PUTS: usize = 20;
+    const BATCH: usize = 60;
     let server = Server::start().await;
     let url = server.database("longshore").await;
     let replicas = replicas(&url, 2).await;
@@ -136,13 +142,24 @@ async fn events_of_every_replica_reach_every_reader_once_and_in_order() {
     let writers: Vec<_> = (0..WRITERS)
         .map(|writer| {
             let store = replicas.stores[writer % 2].clone();
-            let config = config.clone();
+            let (config, url) = (config.clone(), url.clone());
             tokio::spawn(async move {
+                let client = connect(&url).await;
                 for turn in 0..PUTS {
-                    let tags: Vec<_> = (0..TAGS).map(|n| format!("t{writer}-{n}")).collect();
-                    // And one that everybody moves.
-                    let tags: Vec<_> = tags.iter().map(String::as_str).chain(["shared"]).collect();
-                    let put = push(&config, format!("{writer}-{turn}"), &tags);
+                    // Most of the ten thousand are written as the store writes them, beside it.
+                    let first = turn * BATCH;
+                    let batch = format!(
+                        "INSERT INTO event (kind, repository, digest, media_type, actor, request, at) \
+                         SELECT 'manifest.pushed', 'team/other', decode('01' || repeat('00', 32), 'hex'), \
+                             n::text, 'writer-{writer}', '', 0 FROM generate_series({first}, {}) n",
+                        first + BATCH - 1
+                    );
+                    client.batch_execute(&batch).await.unwrap();
+                    let (own, more) = (format!("a{writer}"), format!("b{writer}"));
+                    let put = push(&config, format!("{writer}-{turn}"), &[&own, &more]);
+                    store.put_manifest(put).await.unwrap();
+                    // And a tag that everybody moves.
+                    let put = push(&config, format!("shared-{writer}-{turn}"), &["shared"]);
                     store.put_manifest(put).await.unwrap();
                 }
             })
@@ -156,7 +173,7 @@ async fn events_of_every_replica_reach_every_reader_once_and_in_order() {
     end.send_replace(newest);
     for reader in readers {
         let events = reader.await.unwrap();
-        assert!(events.len() >= WRITERS * PUTS * TAGS);
+        assert_eq!(events.len(), WRITERS * PUTS * (BATCH + 3 + 2));
         assert_eq!(events.len() as i64, newest - from);
         assert_in_order(&events, from);
     }

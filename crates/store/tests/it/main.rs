@@ -9,6 +9,8 @@ mod cluster;
 #[cfg(test)]
 mod collection;
 #[cfg(test)]
+mod collection_race;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod directory;

@@ -37,6 +37,9 @@ async fn keeps_the_contract(objects: ObjectStore) {
     let store = objects.open(sqlite, "sqlite", Options::default()).await;
     one_replica(&objects, &store).await;
     store.close().await.unwrap();
+    let lost = DatabaseLocation::Sqlite(directory.path().join("lost"));
+    let lost = objects.location(lost, "lost");
+    crate::reindex::a_lost_database_over_a_bucket(&lost, &directory.path().join("lost")).await;
 
     let server = Server::start().await;
     let url = server.database("longshore").await;
@@ -398,6 +401,12 @@ impl ObjectStore {
     }
 
     async fn open(&self, database: DatabaseLocation, prefix: &str, options: Options) -> Store {
+        Store::open_at(&self.location(database, prefix), options)
+            .await
+            .unwrap()
+    }
+
+    fn location(&self, database: DatabaseLocation, prefix: &str) -> Location {
         let objects = ObjectLocation::S3(S3Location {
             bucket: BUCKET.to_owned(),
             prefix: prefix.to_owned(),
@@ -409,9 +418,7 @@ impl ObjectStore {
             }),
             ..S3Location::default()
         });
-        Store::open_at(&Location { database, objects }, options)
-            .await
-            .unwrap()
+        Location { database, objects }
     }
 
     /// The document that lists the open multipart uploads, or what was answered instead.
