@@ -18,20 +18,20 @@ use crate::postgres::{Server, connect};
 /// Replicas, each with a directory of its own: what they store here is small enough for rows.
 struct Replicas {
     stores: Vec<Store>,
-    _directories: Vec<tempfile::TempDir>,
+    directories: Vec<tempfile::TempDir>,
 }
 
 async fn replicas(url: &str, count: usize) -> Replicas {
     let mut replicas = Replicas {
         stores: Vec::new(),
-        _directories: Vec::new(),
+        directories: Vec::new(),
     };
     for _ in 0..count {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("data");
         let store = Store::open_on_postgres(&path, url, Options::default()).await;
         replicas.stores.push(store.unwrap());
-        replicas._directories.push(directory);
+        replicas.directories.push(directory);
     }
     replicas
 }
