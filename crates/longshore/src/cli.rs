@@ -78,7 +78,7 @@ impl Cli {
             Command::Sign(command) => command.run(&global).await,
             Command::Storage(command) => command.run(&global).await,
             Command::Tag(command) => command.run(&global).await,
-            Command::Up(command) => crate::up::run(command).await,
+            Command::Up(command) => Box::pin(crate::up::run(command)).await,
             Command::Verify(command) => command.run(&global).await,
             Command::VerifyStore(command) => command.run(&global).await,
         }

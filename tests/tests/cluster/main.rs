@@ -2,6 +2,11 @@
 //! over, object stores that err, and replicas that stop in the middle of a push. After each the same must hold:
 //! what was acknowledged reads back and re-hashes through every replica, and a refusal is a clear one.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on ends here, with what was said"
+)]
+
 #[cfg(test)]
 mod database;
 #[cfg(test)]

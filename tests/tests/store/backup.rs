@@ -21,6 +21,10 @@ fn backed_up(backup: &Path) -> Options {
     ))
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what is restored is named by the time of the clock"
+)]
 fn micros() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     i64::try_from(now.as_micros()).unwrap()
