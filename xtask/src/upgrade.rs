@@ -53,23 +53,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
 
 /// Builds the program of the commit before the newest schema; where it is.
 fn build_previous(commit: Option<&str>) -> anyhow::Result<PathBuf> {
-    let commit = match commit {
-        Some(commit) => commit.to_owned(),
-        None => {
-            let added = git(&[
-                "log",
-                "--diff-filter=A",
-                "--format=%H",
-                "-1",
-                "--",
-                "crates/store/src/sql/schema/sqlite",
-            ])?;
-            ensure!(
-                !added.is_empty(),
-                "no commit added a schema: is the history whole?"
-            );
-            format!("{added}^")
-        }
+    let commit = if let Some(commit) = commit {
+        commit.to_owned()
+    } else {
+        let added = git(&[
+            "log",
+            "--diff-filter=A",
+            "--format=%H",
+            "-1",
+            "--",
+            "crates/store/src/sql/schema/sqlite",
+        ])?;
+        ensure!(
+            !added.is_empty(),
+            "no commit added a schema: is the history whole?"
+        );
+        format!("{added}^")
     };
     let commit = git(&["rev-parse", "--verify", &format!("{commit}^{{commit}}")])?;
     let short = commit.get(..12).unwrap_or(&commit);

@@ -8,7 +8,7 @@
 //!
 //! A source is foreign and may be broken. What cannot be read, is missing or has another digest is listed and skipped,
 //! with what needs it, and the rest goes on. This room is the only one that reads directories of other programs
-//! ([`tree`] keeps it inside them), and it writes nothing there.
+//! (`tree` keeps it inside them), and it writes nothing there.
 
 mod adopt;
 mod distribution;

@@ -181,10 +181,12 @@ impl Gate {
         let Some(disk) = &self.disk else {
             return false;
         };
-        // The measure may say that there is room while a quota or a large write says that there is none.
-        let made_room = disk.release();
+        // First the measure: what the reserve gives is not for users. It may say that there is room while a quota or a
+        // large write says that there is none.
+        let had = disk.reserve.exists();
         self.measure();
-        made_room
+        disk.release();
+        had
     }
 
     /// Measures the disk and enters or leaves the mode; makes the reserve when there is room for it. Blocks.
@@ -192,6 +194,11 @@ impl Gate {
         if let (Some(room), Some(disk)) = (self.measure(), &self.disk) {
             disk.make(room);
         }
+    }
+
+    /// Measures the disk now, because a write of a file met its end.
+    pub(crate) fn measure_now(&self) {
+        let _ = self.measure();
     }
 
     /// Measures the disk and enters or leaves the mode; what it has when that is enough.
@@ -202,7 +209,7 @@ impl Gate {
         let floor = disk.floor(room);
         let low = room.free < floor || room.files.is_some_and(|files| files < MIN_FILES);
         // What ends the mode is well above what begins it, so that it does not come and go with every file.
-        let enough = room.free >= 2 * floor + disk.size(room)
+        let enough = room.free >= 2 * floor + Disk::size(room)
             && room.files.is_none_or(|files| files >= 2 * MIN_FILES);
         if state.full.is_none() && low {
             let reason = format!(
@@ -224,7 +231,7 @@ impl Gate {
             );
             state.full = None;
         }
-        if state.full.is_some() && room.free < disk.size(room) {
+        if state.full.is_some() && room.free < Disk::size(room) {
             disk.release();
         }
         enough.then_some(room)
@@ -273,7 +280,7 @@ impl Disk {
     }
 
     /// Length of the reserve file.
-    fn size(&self, room: Room) -> u64 {
+    fn size(room: Room) -> u64 {
         MAX_RESERVE.min(room.total / 100)
     }
 
@@ -290,7 +297,7 @@ impl Disk {
 
     /// Makes the reserve when it is not there. It is no loss when that fails: the next look tries again.
     fn make(&self, room: Room) {
-        let size = self.size(room);
+        let size = Self::size(room);
         if size == 0 || self.reserve.exists() {
             return;
         }
@@ -407,24 +414,20 @@ impl Body for Set {
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         // Waits for every transaction of a user that is under way, and keeps new ones back.
         tx.exclude_users().await?;
-        let (action, target) = match &self.reason {
-            Some(reason) => {
-                let Timestamp(at) = tx.now();
-                let commanded = Commanded {
-                    text: reason.clone(),
-                    by: self.actor.principal.clone(),
-                    at,
-                };
-                let text = serde_json::to_string(&commanded).map_err(|error| {
-                    Error::Database(format!("the mode cannot be written: {error}"))
-                })?;
-                tx.execute(&COMMAND, &[text.into()]).await?;
-                ("mode.read-only", reason.clone())
-            }
-            None => {
-                tx.execute(&NORMAL, &[]).await?;
-                ("mode.normal", String::new())
-            }
+        let (action, target) = if let Some(reason) = &self.reason {
+            let Timestamp(at) = tx.now();
+            let commanded = Commanded {
+                text: reason.clone(),
+                by: self.actor.principal.clone(),
+                at,
+            };
+            let text = serde_json::to_string(&commanded)
+                .map_err(|error| Error::Database(format!("the mode cannot be written: {error}")))?;
+            tx.execute(&COMMAND, &[text.into()]).await?;
+            ("mode.read-only", reason.clone())
+        } else {
+            tx.execute(&NORMAL, &[]).await?;
+            ("mode.normal", String::new())
         };
         audit::allowed(tx, &self.actor, action, target).await
     }

@@ -712,23 +712,20 @@ impl Body for Remove {
                 .await?;
                 (!removed).then_some("it moved after the plan")
             };
-            match stays {
-                Some(reason) => {
-                    tx.execute(
-                        &STAYED,
-                        &[
-                            self.run.into(),
-                            self.repository.as_str().into(),
-                            planned.tag.as_str().into(),
-                            reason.into(),
-                        ],
-                    )
-                    .await?;
-                }
-                None => {
-                    let target = format!("{}:{}", self.repository, planned.tag.as_str());
-                    audit::allowed(tx, &actor, "tag.delete", target).await?;
-                }
+            if let Some(reason) = stays {
+                tx.execute(
+                    &STAYED,
+                    &[
+                        self.run.into(),
+                        self.repository.as_str().into(),
+                        planned.tag.as_str().into(),
+                        reason.into(),
+                    ],
+                )
+                .await?;
+            } else {
+                let target = format!("{}:{}", self.repository, planned.tag.as_str());
+                audit::allowed(tx, &actor, "tag.delete", target).await?;
             }
         }
         event::write(tx, &events, &actor).await.map(drop)

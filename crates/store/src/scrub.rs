@@ -18,13 +18,13 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::audit;
 use crate::blob::file_system::StorageKey;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::{Actor, Blob, BlobContent};
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store, single};
-use crate::{audit, blob};
 
 statements! {
     NEVER = "SELECT id, size FROM blob WHERE checked_at IS NULL \

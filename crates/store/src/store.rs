@@ -235,11 +235,19 @@ impl Store {
     /// Runs background work (collection, outbox of deletions, expiry of events, sealing) until the future is dropped.
     /// Every replica does: there is no leader, and each piece of work is claimed in the database.
     pub async fn maintain(&self) {
-        // Apart: a slow object store must not delay the rest.
+        // Apart: a slow object store must not delay the rest. The upkeep ends with the store, and all with it.
+        let rest = Box::pin(async {
+            tokio::join!(
+                collect::work(&self.0),
+                export::work(&self.0),
+                Box::pin(self.scrub()),
+                Box::pin(self.retain()),
+            );
+            std::future::pending::<()>().await;
+        });
         tokio::select! {
-            _ = async { tokio::join!(self.upkeep(), collect::work(&self.0), export::work(&self.0)) } => {}
-            () = self.scrub() => {}
-            () = self.retain() => {}
+            () = Box::pin(self.upkeep()) => {}
+            () = rest => {}
         }
     }
 

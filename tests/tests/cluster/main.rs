@@ -220,7 +220,7 @@ fn push(
         Err(Some(format!("{} {}", answer.status(), answer.text())))
     };
     let seed = number * 1_000_000 + round;
-    let length = if round % 3 == 0 { 30_000 } else { 500 };
+    let length = if round.is_multiple_of(3) { 30_000 } else { 500 };
     let mut descriptors = Vec::new();
     for bytes in [noise(seed, 100), noise(seed + 500_000, length)] {
         let blob = digest(&bytes);

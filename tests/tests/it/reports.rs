@@ -9,7 +9,7 @@ use e2e::{Run, Scratch, Server, http, tools};
 use serde_json::Value;
 
 /// How long something may take before the test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// An agent with the `files` engine, which needs nothing else.
 struct Agent {

@@ -201,7 +201,7 @@ fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
     let disk = Disk::new(&scratch, "64m");
     let options = Options::new(tools::program())
         .data(disk.data())
-        .config("version: 1\nstorage: {floor: 2MiB}\ngc: {read_grace: 1s, keep_deleted: 1s}\n");
+        .config("version: 1\nstorage: {floor: 2MiB}\ngc: {keep_deleted: 1s}\n");
     let mut server = Server::with(&options);
     let kept = keepsake(&server);
     let reserve = disk.data().join("reserve");
@@ -228,7 +228,7 @@ fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
     kept(&server);
     holds(&server, "full/large", &wanted);
     // The reserve is there for the collector, so a deletion goes through, and so does the collection after it.
-    let gone = wait_for("the deletion", || {
+    wait_for("the deletion", || {
         let answer = server.request(
             "DELETE",
             &format!("/v2/full/large/blobs/{wanted}"),
@@ -237,7 +237,7 @@ fn a_full_disk_is_read_only_until_there_is_room_and_the_collector_makes_it() {
         );
         (answer.status() == 202).then_some(())
     });
-    let () = gone;
+    let () = ();
     wait_for("the end of the read-only mode", || {
         (server.get("/readyz").text() == "ok\n").then_some(())
     });

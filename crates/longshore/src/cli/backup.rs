@@ -287,7 +287,7 @@ impl Reindex {
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
             let now = begun.elapsed();
-            if !quiet && now - *told >= TELL {
+            if !quiet && now.saturating_sub(*told) >= TELL {
                 *told = now;
                 output::note(format!(
                     "{}: {} of {}",

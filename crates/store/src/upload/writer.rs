@@ -67,7 +67,7 @@ impl UploadWriter {
             None => Err(self.lost()),
         };
         self.slot.touch();
-        result
+        self.note(result)
     }
 
     /// Makes what was written durable, records it and gives the claim back (end of a PATCH, also a broken one).
@@ -99,11 +99,21 @@ impl UploadWriter {
         &self,
         end: impl Future<Output = Result<u64, Error>> + Send + 'static,
     ) -> Result<u64, Error> {
-        self.inner
+        let ended = self
+            .inner
             .tasks
             .spawn_on(end, &self.inner.runtime)
             .await
-            .unwrap_or(Err(Error::Stopped))
+            .unwrap_or(Err(Error::Stopped));
+        self.note(ended)
+    }
+
+    /// A write that met a full disk may begin the read-only mode.
+    fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if let Err(Error::Full) = result {
+            self.inner.gate.measure_now();
+        }
+        result
     }
 
     fn lost(&self) -> Error {

@@ -18,20 +18,20 @@ use crate::postgres::{Server, connect};
 /// Replicas, each with a directory of its own: what they store here is small enough for rows.
 struct Replicas {
     stores: Vec<Store>,
-    _directories: Vec<tempfile::TempDir>,
+    directories: Vec<tempfile::TempDir>,
 }
 
 async fn replicas(url: &str, count: usize) -> Replicas {
     let mut replicas = Replicas {
         stores: Vec::new(),
-        _directories: Vec::new(),
+        directories: Vec::new(),
     };
     for _ in 0..count {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("data");
         let store = Store::open_on_postgres(&path, url, Options::default()).await;
         replicas.stores.push(store.unwrap());
-        replicas._directories.push(directory);
+        replicas.directories.push(directory);
     }
     replicas
 }
@@ -220,7 +220,7 @@ impl Progress {
         let begun = tokio::time::Instant::now();
         let end = self.moved.load(Ordering::Relaxed) + moves;
         while self.moved.load(Ordering::Relaxed) < end {
-            assert!(begun.elapsed() < Duration::from_secs(60), "nobody writes");
+            assert!(begun.elapsed() < Duration::from_mins(1), "nobody writes");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -298,7 +298,7 @@ async fn waiting(client: &Client, event: &str) -> i32 {
     let begun = tokio::time::Instant::now();
     loop {
         assert!(
-            begun.elapsed() < Duration::from_secs(60),
+            begun.elapsed() < Duration::from_mins(1),
             "nobody waits for {event}"
         );
         let found = client
@@ -452,7 +452,7 @@ async fn behind_a_fence_nothing_is_committed() {
         .unwrap();
     assert!(fenced > 0);
     let mut refused = 0;
-    for number in 0..fenced + 1 {
+    for number in 0..=fenced {
         let text = format!("t{number}");
         match store.put_manifest(push(&config, number, &[&text])).await {
             Ok(_) => {}

@@ -39,7 +39,7 @@ impl Engine {
 
     /// Bytes in the SQL of this engine.
     pub(crate) fn literal(&self, bytes: &[u8]) -> String {
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = hex::encode(bytes);
         if self.url.is_empty() {
             format!("X'{hex}'")
         } else {

@@ -37,6 +37,8 @@ mod reports;
 #[cfg(test)]
 mod retention;
 #[cfg(test)]
+mod schema;
+#[cfg(test)]
 mod scrub;
 #[cfg(test)]
 mod stand_in;

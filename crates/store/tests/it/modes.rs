@@ -58,7 +58,7 @@ pub(crate) async fn read_only_by_command(store: &Store) {
             .mount_blob(
                 &name("mode/other"),
                 &blob.digest,
-                &[repository.clone()],
+                std::slice::from_ref(&repository),
                 &actor(),
             )
             .await

@@ -355,7 +355,7 @@ async fn uploads_that_find_no_memory_wait_without_holding_any() {
     let world = world().await;
     let (store, objects) = (&world.store, &world.objects);
     let held = store
-        .hold_memory((256 << 20) - (PART as u32 + (2 << 20)))
+        .hold_memory((256 << 20) - (u32::try_from(PART).unwrap() + (2 << 20)))
         .await;
     let pushes: Vec<_> = (0..6)
         .map(|seed| {

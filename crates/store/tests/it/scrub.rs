@@ -46,7 +46,10 @@ pub(crate) async fn damaged_objects_are_marked_and_healed(engine: &Engine) {
         assert_eq!(status.suspect_count, 1);
         let suspect = &status.suspects[0];
         assert_eq!(suspect.digest, large.digest);
-        assert_eq!(suspect.repositories, [repository.clone()]);
+        assert_eq!(
+            suspect.repositories.as_slice(),
+            std::slice::from_ref(&repository)
+        );
         assert_eq!(
             suspect.manifests,
             [(repository.clone(), described(&view).digest)]
