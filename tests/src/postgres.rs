@@ -53,12 +53,15 @@ impl Postgres {
     fn make(scratch: Scratch, data: PathBuf, syncs: bool) -> Self {
         open_to_all(scratch.path());
         own(&data);
-        as_nobody("initdb")
-            .args(["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"])
+        let mut initdb = as_nobody("initdb")
+            .args(["--auth=trust", "--encoding=UTF8", "--locale=C"])
             .arg(format!("--username={USER}"))
             .arg("-D")
-            .arg(&data)
-            .ok();
+            .arg(&data);
+        if !syncs {
+            initdb = initdb.arg("--no-sync");
+        }
+        initdb.ok();
         let mut server = Self {
             child: None,
             port: 0,
