@@ -1,6 +1,6 @@
 //! Exports: what of the database cannot be found again in the objects, written beside them.
 //!
-//! Manifests, small blobs and tags live in rows. So that a lost database can be made anew ([`crate::reindex`]), a
+//! Manifests, small blobs and tags live in rows. So that a lost database can be made anew ([`mod@crate::reindex`]), a
 //! worker writes each change of them to `x/` of the data directory, every minute and in the order of the events. Its
 //! cost is that of the changes. A *set* begins with everything that is there and goes on with what changes; when the
 //! changes outgrow it, a new set begins and the old one goes. At most one minute is lost, and with it what was never

@@ -426,7 +426,7 @@ async fn pin(store: &Store, holder: &str, repository: &RepositoryName, digest: &
         .unwrap();
 }
 
-async fn ended(store: &Store, run: i64) -> store::RetentionRun {
+pub(crate) async fn ended(store: &Store, run: i64) -> store::RetentionRun {
     loop {
         let found = store.retention_run(run).await.unwrap().unwrap();
         if found.finished_at.is_some() {

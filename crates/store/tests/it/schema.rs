@@ -1,16 +1,16 @@
 //! A database that the program of schema 1 wrote: it is migrated, and everything in it is what it was.
 
+use std::path::Path;
+
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest};
 use store::{Options, Store, UploadId, verify_audit, verify_store};
 
 use crate::engine::{actor, by_tag, name, read_blob};
 
-#[tokio::test]
-async fn a_store_of_schema_1_is_migrated_with_all_that_it_holds() {
-    let directory = tempfile::tempdir().unwrap();
-    let dir = directory.path().join("data");
-    let fresh = Store::open(&dir, Options::default()).await.unwrap();
+/// A data directory as the program of schema 1 left it.
+pub(crate) async fn make(dir: &Path) {
+    let fresh = Store::open(dir, Options::default()).await.unwrap();
     fresh.close().await.unwrap();
     for part in ["meta.db", "meta.db-wal", "meta.db-shm"] {
         let _ = std::fs::remove_file(dir.join(part));
@@ -19,6 +19,13 @@ async fn a_store_of_schema_1_is_migrated_with_all_that_it_holds() {
         .unwrap()
         .execute_batch(include_str!("schema-1.sql"))
         .unwrap();
+}
+
+#[tokio::test]
+async fn a_store_of_schema_1_is_migrated_with_all_that_it_holds() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().join("data");
+    make(&dir).await;
 
     let store = Store::open(&dir, Options::default()).await.unwrap();
     assert!(dir.join("meta.db.before-2").is_file());
