@@ -96,12 +96,20 @@ fn sentence(reason: &Value) -> String {
     let text = |key: &str| reason[key].as_str().unwrap_or_default();
     let time = |key: &str| short(text(key));
     match text("kind") {
-        "tag" => format!(
-            "tag `{}`, since {}, by {}",
-            text("tag"),
-            time("since"),
-            text("by")
-        ),
+        "tag" => {
+            let line = format!(
+                "tag `{}`, since {}, by {}",
+                text("tag"),
+                time("since"),
+                text("by")
+            );
+            let said = &reason["retention"];
+            match (said["keeps"].as_bool(), said["reason"].as_str()) {
+                (Some(true), Some(why)) => format!("{line} (retention keeps it: {why})"),
+                (Some(false), Some(why)) => format!("{line} (retention will remove it: {why})"),
+                _ => line,
+            }
+        }
         "pin" => {
             let mut line = format!("pinned by {} since {}", text("holder"), time("since"));
             if reason["until"].is_string() {
@@ -141,6 +149,8 @@ mod tests {
             "more": true,
             "reasons": [
                 { "kind": "tag", "tag": "v1", "since": at, "by": "user:alice" },
+                { "kind": "tag", "tag": "v2", "since": at, "by": "user:alice",
+                  "retention": { "keeps": false, "reason": "no rule of policy 1 keeps it" } },
                 { "kind": "pin", "holder": "agent:host1", "reason": "runs", "since": at, "until": null },
                 { "kind": "pin", "holder": "legal", "reason": "", "since": at, "until": at },
                 { "kind": "lease", "until": at },
@@ -155,6 +165,7 @@ mod tests {
             "\
 kept, until somebody takes away what keeps it:
   tag `v1`, since 2026-01-02T03:04:05Z, by user:alice
+  tag `v2`, since 2026-01-02T03:04:05Z, by user:alice (retention will remove it: no rule of policy 1 keeps it)
   pinned by agent:host1 since 2026-01-02T03:04:05Z: runs
   pinned by legal since 2026-01-02T03:04:05Z, until 2026-01-02T03:04:05Z
   lease until 2026-01-02T03:04:05Z: it was pushed, asked for, or lost what kept it not long ago

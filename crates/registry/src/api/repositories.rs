@@ -127,6 +127,18 @@ async fn kept(
     call.require(Action::Pull, name, None, Some(digest)).await?;
     let kept = call.context.store.kept(name, digest).await?;
     let kept = kept.ok_or_else(|| Refusal::manifest_unknown(digest))?;
+    let mut reasons: Vec<Value> = kept.reasons.iter().map(reason).collect();
+    // What retention says of a tag needs a look at the whole repository, so only of the first few.
+    let tags = kept.reasons.iter().enumerate();
+    let tags = tags.filter_map(|(at, reason)| match reason {
+        Reason::Tag { tag, .. } => Some((at, tag)),
+        _ => None,
+    });
+    for (at, tag) in tags.take(RETENTION_OF) {
+        if let Some(verdict) = call.context.store.retention_of(name, tag).await? {
+            reasons[at]["retention"] = json!({ "keeps": verdict.keeps, "reason": verdict.reason });
+        }
+    }
     Ok(json_response(
         StatusCode::OK,
         &json!({
@@ -134,11 +146,14 @@ async fn kept(
             "digest": digest,
             "kept": !kept.reasons.is_empty(),
             "until": kept.until.map(time),
-            "reasons": kept.reasons.iter().map(reason).collect::<Vec<_>>(),
+            "reasons": reasons,
             "more": kept.more,
         }),
     ))
 }
+
+/// Tags of which retention is asked.
+const RETENTION_OF: usize = 5;
 
 fn reason(reason: &Reason) -> Value {
     let because = |list: &[Reason]| list.iter().map(self::reason).collect::<Vec<_>>();
@@ -191,6 +206,11 @@ pub(super) fn paths() -> Value {
         "properties": {
             "kind": { "enum": ["tag", "pin", "lease", "index", "subject", "waits"] },
             "tag": { "type": "string" },
+            "retention": {
+                "type": "object",
+                "description": "What the policies say of this tag now; of the first few tags",
+                "properties": { "keeps": { "type": "boolean" }, "reason": { "type": "string" } }
+            },
             "by": { "type": "string" },
             "holder": { "type": "string" },
             "reason": { "type": "string" },
