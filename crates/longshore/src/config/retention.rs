@@ -222,7 +222,10 @@ mod tests {
                 "{repositories: [a], keep: [{signed: true}, {regex: \"(\"}]}",
                 "policy 1: rule 2: `regex`",
             ),
-            ("{repositories: [a], keep: [{semver: \"=>1\"}]}", "is no range"),
+            (
+                "{repositories: [a], keep: [{semver: \"=>1\"}]}",
+                "is no range",
+            ),
             (
                 "{repositories: [a], untagged: 1h}",
                 "not be shorter than the lease",
