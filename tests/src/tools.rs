@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// Names the built program.
 pub const PROGRAM: &str = "LONGSHORE_E2E_PROGRAM";
 
+/// Names the program built with test switches, such as leases of seconds.
+pub const SWITCHED: &str = "LONGSHORE_E2E_SWITCHED";
+
 /// Names the directory whose `bin` holds the clients under the names that the tests use.
 pub const TOOLS: &str = "LONGSHORE_E2E_TOOLS";
 
@@ -21,6 +24,17 @@ pub const REFERENCE: &str = "LONGSHORE_E2E_REFERENCE";
 pub fn program() -> PathBuf {
     let path = std::env::var_os(PROGRAM).unwrap_or_else(|| {
         panic!("{PROGRAM} is not set: run `cargo xtask test --only e2e`, which sets it")
+    });
+    PathBuf::from(path)
+}
+
+/// The program under test with test switches.
+///
+/// # Panics
+/// When nobody told where it is.
+pub fn switched() -> PathBuf {
+    let path = std::env::var_os(SWITCHED).unwrap_or_else(|| {
+        panic!("{SWITCHED} is not set: run `cargo xtask test --only e2e`, which sets it")
     });
     PathBuf::from(path)
 }

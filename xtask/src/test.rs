@@ -97,6 +97,7 @@ fn end_to_end(
         Some(program) => std::path::absolute(program)?,
         None => shell::build(false, &[])?,
     };
+    let switched = shell::build(false, &["longshore/failpoints"])?;
 
     if filter.is_none_or(|filter| SERVERS.iter().any(|name| filter.contains(name))) {
         let mut cargo = workspace();
@@ -156,6 +157,7 @@ fn end_to_end(
         }
         cargo
             .env(e2e::tools::PROGRAM, &program)
+            .env(e2e::tools::SWITCHED, &switched)
             .env(e2e::tools::TOOLS, &tools.dir)
             .env("PATH", with_path(&[&tools.dir.join("bin")]));
         if let Some(host) = &engine.host {

@@ -212,14 +212,18 @@ fn a_server_under_load_that_is_killed_restores_to_every_moment() {
         (to > last).then_some(())
     });
     moments.push(micros());
-    let metrics = server.get("/metrics").text();
     let value = |name: &str| -> i64 {
+        let metrics = server.get("/metrics").text();
         let line = metrics.lines().find(|line| line.starts_with(name));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
             .unwrap_or_else(|| panic!("no `{name}` in {metrics}"))
     };
     assert_eq!(value("longshore_backup_failures"), 0);
-    assert!(value("longshore_backup_last_success_timestamp_seconds") > last / 1_000_000 - 60);
+    // The round tells of its success after its point is there.
+    wait_for("the success of a round", || {
+        let success = value("longshore_backup_last_success_timestamp_seconds");
+        (success > last / 1_000_000 - 60).then_some(())
+    });
     ledger.check(&server, i64::MAX);
     server.stop();
 
