@@ -139,6 +139,16 @@ impl Cluster {
         let prefix = storage.objects.rsplit('/').next().unwrap_or_default();
         self.objects.list(BUCKET, &format!("{prefix}/"))
     }
+
+    /// The objects of blobs: those of [`Self::objects_of`] without the exports, which a lost database is made again from.
+    pub fn blobs_of(&self, storage: &Storage) -> Vec<(String, u64)> {
+        let mut objects = self.objects_of(storage);
+        objects.retain(|(key, _)| {
+            let name = key.rsplit('/').next().unwrap_or_default();
+            name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+        });
+        objects
+    }
 }
 
 /// Starts servers with the same options. The first makes the tables; the others start beside one another.

@@ -105,15 +105,7 @@ impl World {
     /// The objects that a site holds, with their sizes.
     pub(crate) fn objects(&self, site: &Site) -> anyhow::Result<Vec<(String, u64)>> {
         match (&self.cluster, &site.storage) {
-            (Some(cluster), Some(storage)) => {
-                // Beside the objects of blobs there are the exports that a lost database is made again from.
-                let mut objects = cluster.objects_of(storage);
-                objects.retain(|(key, _)| {
-                    let name = key.rsplit('/').next().unwrap_or_default();
-                    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-                });
-                Ok(objects)
-            }
+            (Some(cluster), Some(storage)) => Ok(cluster.blobs_of(storage)),
             _ => files(&site.data().join("o")),
         }
     }

@@ -159,13 +159,7 @@ fn the_same_blobs_pushed_at_once_through_three_replicas_are_stored_once() {
         };
         assert_eq!(rows("blob"), layers.len());
         e2e::wire::wait_for("what is neither a blob nor in the outbox", || {
-            // Beside the objects of blobs there are the exports.
-            let objects = site.cluster.objects_of(&site.storage);
-            let is_blob = |key: &str| {
-                let name = key.rsplit('/').next().unwrap_or_default();
-                name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-            };
-            let objects = objects.iter().filter(|(key, _)| is_blob(key)).count();
+            let objects = site.cluster.blobs_of(&site.storage).len();
             (objects == layers.len() + rows("deletion") && rows("upload") == 0).then_some(())
         });
         assert_eq!(

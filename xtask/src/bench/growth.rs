@@ -330,7 +330,8 @@ fn waiting(base: &Base) -> anyhow::Result<u64> {
     let (head, body) = Wire::open(base)?.call("GET", "/api/v1/collection", "", b"")?;
     expect(&head, 200, "GET of the collection's state")?;
     let state: Value = serde_json::from_slice(&body)?;
-    let due = state["due"].as_u64().context("`due` is missing")?;
+    let queue = state["queue"].as_array().context("`queue` is missing")?;
+    let due: u64 = queue.iter().filter_map(|kind| kind["due"].as_u64()).sum();
     let objects = state["outbox"]["objects"]
         .as_u64()
         .context("`outbox.objects` is missing")?;
