@@ -303,9 +303,20 @@ impl Tracer {
             run = run.arg("--follow-forks");
         }
         let child = run.arg("--attach").arg(id.to_string()).spawn(&log);
+        // The kernel's word, and not the log's: the log of an earlier tracer says the same.
+        let tracer = format!("TracerPid:\t{}\n", child.id());
         wait_for("the tracer", || {
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            text.contains("attached").then_some(())
+            let threads = if thread.is_some() {
+                vec![id]
+            } else {
+                threads_of(id)
+            };
+            let traced = |id: &u32| {
+                // A thread that has ended since makes no calls.
+                std::fs::read_to_string(format!("/proc/{id}/status"))
+                    .map_or(true, |status| status.contains(&tracer))
+            };
+            threads.iter().all(traced).then_some(())
         });
         Self(child)
     }
@@ -319,14 +330,19 @@ impl Drop for Tracer {
     }
 }
 
-fn thread_of(pid: u32, name: &str) -> u32 {
+fn threads_of(pid: u32) -> Vec<u32> {
     std::fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
-        .find_map(|entry| {
-            let entry = entry.unwrap();
-            let comm = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-            comm.starts_with(name)
-                .then(|| entry.file_name().to_str()?.parse().ok())?
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+fn thread_of(pid: u32, name: &str) -> u32 {
+    threads_of(pid)
+        .into_iter()
+        .find(|thread| {
+            std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"))
+                .is_ok_and(|comm| comm.starts_with(name))
         })
         .unwrap_or_else(|| panic!("no thread `{name}`"))
 }
