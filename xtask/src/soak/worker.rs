@@ -18,6 +18,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const REPOSITORIES: &str = "/api/v1/repositories/";
 
 /// How many manifests a worker keeps in a repository before it deletes more than it pushes.
 const MANY: usize = 5;
@@ -90,6 +91,8 @@ pub(super) struct Worker {
     pub(super) repositories: BTreeMap<String, Repository>,
     pub(super) report: Report,
     made: u64,
+    /// The target of the last write of this turn.
+    written: Option<String>,
     /// Whether the server deletes repositories.
     pub(super) deletes_repositories: bool,
 }
@@ -114,6 +117,7 @@ impl Worker {
             repositories,
             report: Report::default(),
             made: 0,
+            written: None,
             deletes_repositories: true,
             shared,
         }
@@ -135,12 +139,13 @@ impl Worker {
         }
     }
 
-    /// Works until told to stop or until nobody answers any more. Servers may die: of a repository in which something was
-    /// not answered, nothing is known from then on.
+    /// Works until told to stop or until nobody answers any more. Servers may die: of what the last write of a turn that
+    /// failed touches, nothing is known from then on.
     pub(super) fn run_among_deaths(&mut self) {
         let mut misses = 0;
         while !self.shared.stop.load(Ordering::Relaxed) && misses < 6 {
             let name = self.pick_repository();
+            self.written = None;
             let Err(error) = self.turn(&name) else {
                 misses = 0;
                 continue;
@@ -153,15 +158,28 @@ impl Worker {
                 self.wrong(Kind::Answer, format!("{error:#}"));
             }
             self.hang_up();
-            for touched in [name, self.own(0), self.own(1)] {
-                if let Some(known) = self.repositories.get_mut(&touched) {
-                    *known = Repository::default();
-                    // Its tags may be there or not; other names are used from now on.
-                    self.generation += 1;
-                }
-            }
+            self.doubt();
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Forgets what the last write of this turn may have changed or not.
+    fn doubt(&mut self) {
+        let Some(target) = self.written.take() else {
+            return;
+        };
+        if let Some(repository) = target.strip_prefix(REPOSITORIES) {
+            *self.known(repository) = Repository::default();
+        } else if let Some((repository, reference)) = target
+            .strip_prefix("/v2/")
+            .and_then(|path| path.split_once("/manifests/"))
+        {
+            self.known(repository).doubted(reference);
+        } else {
+            return;
+        }
+        // Its tags may be there or not; other names are used from now on.
+        self.generation += 1;
     }
 
     /// Closes all connections: what one holds after an error nobody knows, and the server closes idle ones.
@@ -238,6 +256,9 @@ impl Worker {
         let count = self.connections.len() as u64;
         let at = usize::try_from(self.random.below(count)).unwrap_or(0);
         self.report.requests += 1;
+        if matches!(method, "PUT" | "DELETE") {
+            self.written = Some(target.to_owned());
+        }
         let url = &self.urls[at];
         let slot = &mut self.connections[at];
         let connection = match slot {
@@ -479,6 +500,10 @@ impl Worker {
         let reference = tag.unwrap_or(&wanted);
         let target = format!("/v2/{repository}/manifests/{reference}");
         self.event("PUT of a manifest");
+        // Before an answer, which may not come: it may be there from now on.
+        self.known(repository)
+            .named
+            .extend(manifest.children.iter().cloned());
         let headers = [("Content-Type", manifest.media_type)];
         let answer = self.send("PUT", &target, &headers, manifest.body.as_bytes())?;
         let now = Instant::now();
@@ -691,7 +716,7 @@ impl Worker {
             return self.push(&repository);
         }
         self.event("delete of a repository");
-        let target = format!("/api/v1/repositories/{repository}");
+        let target = format!("{REPOSITORIES}{repository}");
         let answer = self.send("DELETE", &target, &[], &[])?;
         match answer.status() {
             202 | 204 => {}
