@@ -59,7 +59,7 @@ mod worker;
 pub use dry_run::{DryRun, DryRunItem};
 pub use explain::{Kept, Reason};
 pub use outbox::OutboxLength;
-pub(crate) use outbox::{count as count_deletions, discard, discard_multipart};
+pub(crate) use outbox::{count as count_deletions, discard, discard_blob, discard_multipart};
 pub use queue::{Kind, QueueLag, QueueLength};
 pub(crate) use queue::{enqueue, forget};
 pub use settings::{GcOptions, Window, WindowError};

@@ -402,6 +402,47 @@ async fn tokens() {
 }
 
 #[tokio::test]
+async fn operators_get_tokens_for_what_only_they_may() {
+    let registry = filled().await;
+    let challenge = registry.call("GET /api/v1/collection", &[], b"").await;
+    let challenge = challenge.header("www-authenticate");
+    assert!(
+        challenge.contains("scope=\"registry:admin:*\""),
+        "{challenge}"
+    );
+    let operator = bearer(&registry, "root", "registry:admin:*").await;
+    for path in ["collection", "scrub", "mode", "retention/runs", "storage"] {
+        as_(&registry, &operator, &format!("GET /api/v1/{path}"), b"")
+            .await
+            .expect(200);
+    }
+    for user in ["alice", "bob"] {
+        let other = bearer(&registry, user, "registry:admin:*").await;
+        let reply = as_(&registry, &other, "GET /api/v1/collection", b"").await;
+        assert!(
+            [401, 403].contains(&reply.status),
+            "{user}: {}",
+            reply.status
+        );
+    }
+    // Whole repositories: asked for with `*`, which other users get less for.
+    let delete = "DELETE /api/v1/repositories/shop/web";
+    let narrow = bearer(&registry, "root", "repository:shop/web:pull,push,delete").await;
+    let reply = as_(&registry, &narrow, delete, b"").await;
+    let challenge = reply.refused(401, "UNAUTHORIZED");
+    assert!(
+        challenge
+            .header("www-authenticate")
+            .contains("repository:shop/web:*")
+    );
+    let alice = bearer(&registry, "alice", "repository:shop/web:*").await;
+    let reply = as_(&registry, &alice, delete, b"").await;
+    assert!([401, 403].contains(&reply.status), "{}", reply.status);
+    let root = bearer(&registry, "root", "repository:shop/web:*").await;
+    as_(&registry, &root, delete, b"").await.expect(202);
+}
+
+#[tokio::test]
 async fn anonymous_tokens_and_the_oauth_form() {
     let registry = filled().await;
     let reply = token(&registry, None, "&scope=repository:public/x:pull,push")

@@ -57,7 +57,7 @@ pub(crate) async fn discard_multipart(
 
 /// Puts the object of a blob into the outbox. It waits until `due`, so that reads which have begun, and an older
 /// copy of the database, still find it.
-pub(super) async fn discard_blob(
+pub(crate) async fn discard_blob(
     tx: &mut Tx,
     key: &str,
     size: u64,
