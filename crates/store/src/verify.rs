@@ -19,6 +19,7 @@ use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
+use crate::blocking::blocking;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
@@ -236,7 +237,7 @@ impl Body for VerifyChain {
 /// [`Error::Damaged`] names the first record that is missing or was changed.
 pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
     let dir = dir.to_owned();
-    tokio::task::spawn_blocking(move || {
+    blocking(move || {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
@@ -245,7 +246,6 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
             .map_err(|problem| Error::damaged(&database, problem))
     })
     .await
-    .unwrap_or(Err(Error::Stopped))
 }
 
 fn check_present(dir: &Path) -> Result<(), Error> {
@@ -558,14 +558,6 @@ async fn examine(
         }
         Err(error) => Verdict::of_failure(error),
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or(Err(Error::Stopped))
 }
 
 /// The checks of rows on a SQLite database that is open here: its one writer is the snapshot.
