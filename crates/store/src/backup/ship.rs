@@ -26,6 +26,7 @@ use line::Current;
 use moment::Changed;
 use segment::Pending;
 
+/// The handle of the worker. Dropping it ends the worker without a last point.
 #[derive(Debug)]
 pub(crate) struct Worker {
     orders: mpsc::Sender<Order>,

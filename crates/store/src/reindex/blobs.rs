@@ -23,6 +23,7 @@ use crate::export::record::Record;
 use crate::export::shelf::Shelf;
 use crate::sql::{Body, Db, Tx, WriteKind};
 
+/// Reads every object once and makes its blob.
 pub(super) async fn add_objects(
     db: &Db,
     objects: Objects,
