@@ -35,6 +35,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags};
 
 use crate::blob::file_system::{FileSystem, StorageKey};
+use crate::blocking::blocking;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::sql::sqlite_error;
@@ -98,13 +99,12 @@ impl Store {
         }
         files(self.inner())?;
         let inner = Arc::clone(self.inner());
-        tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let worker = Worker::start(&inner, options)?;
             inner.backup.set(worker);
             Ok(())
         })
         .await
-        .unwrap_or(Err(Error::Stopped))
     }
 
     /// How the backup goes; `None` when there is none.

@@ -20,6 +20,7 @@ mod attempt;
 mod audit;
 mod backup;
 mod blob;
+mod blocking;
 mod clock;
 mod collect;
 mod directory;

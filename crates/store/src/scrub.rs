@@ -9,14 +9,15 @@
 //! blob is absent to HEAD, so clients push it again, which heals it; until then it is read again now and then, and what
 //! was restored by hand is taken back.
 
+mod reading;
+mod status;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use oci::{Digest, Hasher, RepositoryName};
+use oci::Digest;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
-use tokio::time::Instant;
 
 use crate::audit;
 use crate::blob::file_system::StorageKey;
@@ -24,7 +25,13 @@ use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::{Actor, Blob, BlobContent};
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
-use crate::store::{Inner, Store, single};
+use crate::store::{Inner, Store};
+
+pub(crate) use reading::{Verdict, hash};
+pub(crate) use status::Counters;
+pub use status::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
+
+use reading::Pace;
 
 statements! {
     NEVER = "SELECT id, size FROM blob WHERE checked_at IS NULL \
@@ -66,88 +73,6 @@ statements! {
     DAMAGED_LIST = "SELECT r.name, m.digest, d.found_at FROM damaged_manifest d \
                     JOIN manifest m ON m.id = d.manifest_id JOIN repository r ON r.id = m.repository_id \
                     ORDER BY d.manifest_id LIMIT 100";
-}
-
-/// How far the scrub is, and what it found.
-#[derive(Clone, Debug, Default)]
-pub struct ScrubStatus {
-    /// Bytes per second that one replica reads; 0: the scrub is off.
-    pub rate: u64,
-    /// Everything is read once in this time.
-    pub period: Duration,
-    /// Everything that was read before this moment is to be read again (the end of the period, or `scrub run`).
-    pub due_before: Timestamp,
-    /// Blobs that are to be read.
-    pub blobs_left: u64,
-    /// Their bytes.
-    pub bytes_left: u64,
-    /// When the blob was read that was not read for the longest time.
-    pub oldest: Option<Timestamp>,
-    /// When the walk over the manifests began; `None` before the first.
-    pub manifests_began: Option<Timestamp>,
-    /// When it ended; `None` while it is under way.
-    pub manifests_ended: Option<Timestamp>,
-    /// How many blobs are damaged.
-    pub suspect_count: u64,
-    /// The first hundred of them.
-    pub suspects: Vec<Suspect>,
-    /// How many manifests are damaged in their rows.
-    pub damaged_count: u64,
-    /// The first hundred of them.
-    pub damaged: Vec<DamagedManifest>,
-}
-
-/// A damaged blob.
-#[derive(Clone, Debug)]
-pub struct Suspect {
-    /// Its digest.
-    pub digest: Digest,
-    /// The bytes that it should have.
-    pub size: u64,
-    /// When it was last read.
-    pub checked_at: Option<Timestamp>,
-    /// Repositories that hold it, at most 20: a push to any of them heals it everywhere.
-    pub repositories: Vec<RepositoryName>,
-    /// Manifests that need it, at most 20.
-    pub manifests: Vec<(RepositoryName, Digest)>,
-}
-
-/// A manifest whose bytes are damaged in its row.
-#[derive(Clone, Debug)]
-pub struct DamagedManifest {
-    /// Where.
-    pub repository: RepositoryName,
-    /// The digest that it should have.
-    pub digest: Digest,
-    /// When it was found.
-    pub found_at: Timestamp,
-}
-
-/// What the scrub of this process did since it began.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    bytes: AtomicU64,
-    blobs: AtomicU64,
-    manifests: AtomicU64,
-    damaged: AtomicU64,
-    unreadable: AtomicU64,
-    /// Wakes the worker.
-    wake: Notify,
-}
-
-/// What the scrub of this process did since it began, for `/metrics`.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ScrubCounters {
-    /// Bytes read and hashed.
-    pub bytes: u64,
-    /// Blobs read to their end.
-    pub blobs: u64,
-    /// Manifests compared with their digest.
-    pub manifests: u64,
-    /// Blobs and manifests that were found damaged.
-    pub damaged: u64,
-    /// Blobs that could not be read, without a verdict.
-    pub unreadable: u64,
 }
 
 impl Store {
@@ -204,92 +129,6 @@ impl Store {
         self.0.db.write(Since(actor.clone())).await?;
         self.0.scrub.wake.notify_one();
         Ok(())
-    }
-
-    /// How far the scrub is, and what it found.
-    ///
-    /// # Errors
-    /// [`Error::Database`], [`Error::Stopped`].
-    pub async fn scrub_status(&self) -> Result<ScrubStatus, Error> {
-        let inner = &self.0;
-        let (db, options) = (&inner.db, &inner.options);
-        let due_before = due_before(inner).await?;
-        let left = db.scan(&LEFT, vec![due_before.into()]).await?;
-        let (blobs_left, bytes_left) = left
-            .first()
-            .map_or(Ok::<_, Error>((0, 0)), |row| Ok((row.u64(0)?, row.u64(1)?)))?;
-        let pass = db.read(&GET, &["scrub.manifests".into()]).await?;
-        let pass = match pass.first() {
-            Some(row) => Pass::parse(&row.text(0)?),
-            None => Pass::default(),
-        };
-        let mut suspects = Vec::new();
-        for row in db.scan(&SUSPECTS, Vec::new()).await? {
-            let id = row.i64(0)?;
-            let held = db.scan(&HELD_BY, vec![id.into()]).await?;
-            let needed = db.scan(&NEEDED_BY, vec![id.into()]).await?;
-            suspects.push(Suspect {
-                digest: row.digest(1)?,
-                size: row.u64(2)?,
-                checked_at: row.opt_i64(3)?.map(Timestamp),
-                repositories: held
-                    .iter()
-                    .map(|row| row.parse(0))
-                    .collect::<Result<_, _>>()?,
-                manifests: needed
-                    .iter()
-                    .map(|row| Ok((row.parse(0)?, row.digest(1)?)))
-                    .collect::<Result<_, Error>>()?,
-            });
-        }
-        let damaged = db.scan(&DAMAGED_LIST, Vec::new()).await?;
-        Ok(ScrubStatus {
-            rate: options.scrub_rate,
-            period: options.scrub_period,
-            due_before,
-            blobs_left,
-            bytes_left,
-            oldest: match db.read(&OLDEST, &[]).await?.first() {
-                Some(row) => row.opt_i64(0)?.map(Timestamp),
-                None => None,
-            },
-            manifests_began: pass.began.map(Timestamp),
-            manifests_ended: pass.ended.map(Timestamp),
-            suspect_count: single(&db.scan(&COUNT_SUSPECT, Vec::new()).await?)?,
-            suspects,
-            damaged_count: single(&db.scan(&COUNT_DAMAGED, Vec::new()).await?)?,
-            damaged: damaged
-                .iter()
-                .map(|row| {
-                    Ok(DamagedManifest {
-                        repository: row.parse(0)?,
-                        digest: row.digest(1)?,
-                        found_at: row.time(2)?,
-                    })
-                })
-                .collect::<Result<_, Error>>()?,
-        })
-    }
-
-    /// How many blobs are marked as damaged.
-    ///
-    /// # Errors
-    /// [`Error::Database`], [`Error::Stopped`].
-    pub async fn suspect_count(&self) -> Result<u64, Error> {
-        single(&self.0.db.scan(&COUNT_SUSPECT, Vec::new()).await?)
-    }
-
-    /// What the scrub of this process did since it began.
-    pub fn scrub_counters(&self) -> ScrubCounters {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.0.scrub;
-        ScrubCounters {
-            bytes: of(&counters.bytes),
-            blobs: of(&counters.blobs),
-            manifests: of(&counters.manifests),
-            damaged: of(&counters.damaged),
-            unreadable: of(&counters.unreadable),
-        }
     }
 
     /// Claims what is due and reads it; how many blobs and manifests were looked at.
@@ -467,129 +306,6 @@ impl Subject {
             inner.scrub.bytes.fetch_add(self.size, Ordering::Relaxed);
         }
         verdict
-    }
-}
-
-/// What a reading says.
-pub(crate) enum Verdict {
-    Sound,
-    /// What is wrong.
-    Damaged(String),
-    /// It could not be read; that says nothing of what is stored.
-    Unknown(Error),
-}
-
-impl Verdict {
-    /// Tells damage from a failure that may pass.
-    pub(crate) fn of_failure(error: Error) -> Self {
-        match &error {
-            Error::Damaged { problem, .. } => Self::Damaged(problem.clone()),
-            Error::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                Self::Damaged(format!("`{}` is missing", path.display()))
-            }
-            _ => Self::Unknown(error),
-        }
-    }
-}
-
-/// Reads an open blob to its end and compares its digest. `pause` is awaited with the bytes of each piece.
-pub(crate) async fn hash<F: Future<Output = ()>>(
-    blob: &Blob,
-    digest: &Digest,
-    mut pause: impl FnMut(u64) -> F,
-) -> Verdict {
-    let mut hasher = Hasher::new(digest.algorithm());
-    if let BlobContent::Inline(bytes) = &blob.content {
-        pause(bytes.len() as u64).await;
-        return judge(
-            digest,
-            &Digest::of(digest.algorithm(), bytes),
-            bytes.len() as u64,
-            blob.size,
-        );
-    }
-    if let BlobContent::Remote(remote) = &blob.content {
-        let mut stream = match remote.stream(0..blob.size).await {
-            Ok(stream) => stream,
-            Err(error) => return Verdict::of_failure(error),
-        };
-        let mut at = 0;
-        loop {
-            match stream.next().await {
-                Ok(Some(piece)) => {
-                    pause(piece.len() as u64).await;
-                    at += piece.len() as u64;
-                    hasher.update(&piece);
-                }
-                Ok(None) => return judge(digest, &hasher.finish(), at, blob.size),
-                Err(error) => return Verdict::of_failure(error),
-            }
-        }
-    }
-    let mut at = 0;
-    while at < blob.size {
-        let end = (at + PIECE).min(blob.size);
-        let piece = match blob.read(at..end).await {
-            Ok(piece) => piece,
-            Err(error) => return Verdict::of_failure(error),
-        };
-        pause(piece.len() as u64).await;
-        let hashed = tokio::task::spawn_blocking(move || {
-            hasher.update(&piece);
-            (hasher, piece.len() as u64)
-        })
-        .await;
-        let Ok((back, length)) = hashed else {
-            return Verdict::Unknown(Error::Stopped);
-        };
-        hasher = back;
-        at += length;
-        if length == 0 {
-            break;
-        }
-    }
-    judge(digest, &hasher.finish(), at, blob.size)
-}
-
-fn judge(digest: &Digest, actual: &Digest, length: u64, size: u64) -> Verdict {
-    if length != size {
-        Verdict::Damaged(format!("it has {length} bytes, not {size}"))
-    } else if actual == digest {
-        Verdict::Sound
-    } else {
-        Verdict::Damaged(format!("it has digest `{actual}`"))
-    }
-}
-
-/// Keeps reading at a rate. What was not used is not saved up.
-struct Pace {
-    rate: u64,
-    next: Instant,
-}
-
-impl Pace {
-    fn new(rate: u64) -> Self {
-        Self {
-            rate,
-            next: Instant::now(),
-        }
-    }
-
-    /// Waits as long as these bytes take at the rate.
-    fn take(&mut self, bytes: u64) -> impl Future<Output = ()> + Send + use<> {
-        let took = if self.rate == u64::MAX {
-            Duration::ZERO
-        } else {
-            // Invariant: both are far below 2^52, and the rate is not 0.
-            Duration::from_secs_f64(bytes as f64 / self.rate as f64)
-        };
-        self.next = self.next.max(Instant::now()) + took;
-        let until = self.next;
-        async move {
-            if !took.is_zero() {
-                tokio::time::sleep_until(until).await;
-            }
-        }
     }
 }
 
@@ -805,59 +521,3 @@ const SUSPECT_AGAIN: Duration = Duration::from_hours(1);
 const BATCH_BYTES: u64 = 64 << 20;
 /// Bytes that a blob counts for beside its own: its two transactions.
 const OVERHEAD: u64 = 64 << 10;
-/// Bytes that are read at once.
-const PIECE: u64 = 1 << 20;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_rate_is_kept_and_a_pause_is_not_made_up_for() {
-        let mut pace = Pace::new(1000);
-        let begun = pace.next;
-        for _ in 0..10 {
-            drop(pace.take(500));
-        }
-        assert!(pace.next >= begun + Duration::from_secs(5));
-        assert!(pace.next < begun + Duration::from_secs(6));
-        let now = Instant::now();
-        pace.next = now.checked_sub(Duration::from_secs(100)).unwrap_or(now);
-        drop(pace.take(1000));
-        assert!(pace.next >= now + Duration::from_secs(1));
-    }
-
-    #[tokio::test]
-    async fn verdicts() {
-        let digest = Digest::sha256(b"right");
-        let blob = |bytes: &'static [u8], size| Blob {
-            size,
-            content: BlobContent::Inline(bytes.into()),
-        };
-        let free = |_| std::future::ready(());
-        assert!(matches!(
-            hash(&blob(b"right", 5), &digest, free).await,
-            Verdict::Sound
-        ));
-        assert!(matches!(
-            hash(&blob(b"wrong", 5), &digest, free).await,
-            Verdict::Damaged(_)
-        ));
-        assert!(matches!(
-            hash(&blob(b"right", 6), &digest, free).await,
-            Verdict::Damaged(_)
-        ));
-        assert!(matches!(
-            Verdict::of_failure(Error::Database("not now".to_owned())),
-            Verdict::Unknown(_)
-        ));
-        assert!(matches!(
-            Verdict::of_failure(Error::Io {
-                operation: "open",
-                path: "x".into(),
-                source: std::io::ErrorKind::NotFound.into(),
-            }),
-            Verdict::Damaged(_)
-        ));
-    }
-}

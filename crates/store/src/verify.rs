@@ -7,26 +7,27 @@
 //! before the rows are asked about them: a row exists for each object from before its first byte until after its
 //! deletion (`I6`), so one that no row knows and that is still there belongs to nothing.
 
+mod objects;
+mod rows;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use oci::{Digest, Manifest};
-use tokio::task::JoinSet;
 
 use crate::audit;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
+use crate::blocking::blocking;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
-use crate::model::{Blob, VerifyReport};
-use crate::scrub::{self, Verdict};
+use crate::model::VerifyReport;
 use crate::sql::{self, Body, Context, Db, Row, Statement, Tx, Value, WriteKind, statements};
 use crate::store::{Store, single};
-use crate::usage;
+
+use rows::{CheckRows, check_rows};
 
 statements! {
     BLOBS = "SELECT id, digest, size, body, storage_key, state FROM blob WHERE id > $1 ORDER BY id LIMIT 256";
@@ -236,7 +237,7 @@ impl Body for VerifyChain {
 /// [`Error::Damaged`] names the first record that is missing or was changed.
 pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
     let dir = dir.to_owned();
-    tokio::task::spawn_blocking(move || {
+    blocking(move || {
         let lock = Directory::look(&dir)?;
         check_present(&dir)?;
         let database = directory::database(&dir);
@@ -245,7 +246,6 @@ pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
             .map_err(|problem| Error::damaged(&database, problem))
     })
     .await
-    .unwrap_or(Err(Error::Stopped))
 }
 
 fn check_present(dir: &Path) -> Result<(), Error> {
@@ -342,15 +342,6 @@ struct Check<'a> {
     report: VerifyReport,
 }
 
-/// What a reading of an object found.
-struct Reading {
-    blob: i64,
-    key: StorageKey,
-    digest: Digest,
-    size: u64,
-    verdict: Verdict,
-}
-
 impl Check<'_> {
     async fn run(mut self) -> Result<VerifyReport, Error> {
         let manifests = single(&self.rows.query(&COUNT_MANIFESTS, Vec::new()).await?)?;
@@ -379,428 +370,7 @@ impl Check<'_> {
         self.check_strays().await?;
         Ok(self.report)
     }
-
-    /// Reads every blob, several at once.
-    async fn check_blobs(&mut self) -> Result<(), Error> {
-        let total = single(&self.rows.query(&COUNT_BLOBS, Vec::new()).await?)?;
-        let mut readings = JoinSet::new();
-        let mut last = i64::MIN;
-        loop {
-            let rows = self.rows.query(&BLOBS, vec![last.into()]).await?;
-            if rows.is_empty() {
-                break;
-            }
-            for row in &rows {
-                last = row.i64(0)?;
-                self.report.blobs += 1;
-                let digest = row.digest(1)?;
-                let size = row.u64(2)?;
-                match (row.opt_bytes(3)?, row.opt_text(4)?) {
-                    (Some(body), None) => {
-                        self.report.bytes += body.len() as u64;
-                        if body.len() as u64 != size || !digest.matches(&body) {
-                            self.report.problem(format!(
-                                "the bytes in the row of blob `{digest}` are damaged"
-                            ));
-                        }
-                    }
-                    (None, Some(key)) => match StorageKey::parse(&key) {
-                        Err(error) => self.report.problem(format!("blob `{digest}`: {error}")),
-                        Ok(key) => {
-                            while readings.len() >= self.options.parallel.max(1) {
-                                self.take_reading(&mut readings).await?;
-                            }
-                            let objects = self.objects.clone();
-                            let (blob, hashes) = (last, self.options.hash);
-                            readings.spawn(async move {
-                                let verdict = examine(&objects, &key, &digest, size, hashes).await;
-                                Reading {
-                                    blob,
-                                    key,
-                                    digest,
-                                    size,
-                                    verdict,
-                                }
-                            });
-                        }
-                    },
-                    _ => self.report.problem(format!(
-                        "blob `{digest}` has its bytes in two places or in none"
-                    )),
-                }
-            }
-            (self.progress)(VerifyProgress {
-                phase: "blobs",
-                done: self.report.blobs,
-                total: Some(total),
-                bytes: self.report.bytes,
-            });
-        }
-        while !readings.is_empty() {
-            self.take_reading(&mut readings).await?;
-        }
-        Ok(())
-    }
-
-    async fn take_reading(&mut self, readings: &mut JoinSet<Reading>) -> Result<(), Error> {
-        let Some(reading) = readings.join_next().await else {
-            return Ok(());
-        };
-        let reading = reading.map_err(|_| Error::Stopped)?;
-        let problem = match reading.verdict {
-            Verdict::Sound => {
-                if self.options.hash {
-                    self.report.bytes += reading.size;
-                }
-                return Ok(());
-            }
-            Verdict::Damaged(problem) => problem,
-            Verdict::Unknown(error) => format!("it cannot be read now: {error}"),
-        };
-        // It may be gone, or healed, since its row was read.
-        let rows = self
-            .rows
-            .query(&BLOB_KEY, vec![reading.blob.into()])
-            .await?;
-        let key = match rows.first() {
-            Some(row) => row.opt_text(0)?,
-            None => None,
-        };
-        if key.as_deref() == Some(reading.key.as_str()) {
-            self.report.problem(format!(
-                "object `{}` of blob `{}`: {problem}",
-                self.objects.describe(&reading.key).display(),
-                reading.digest
-            ));
-        }
-        Ok(())
-    }
-
-    /// Looks for objects that no row knows.
-    async fn check_strays(&mut self) -> Result<(), Error> {
-        let parts = match self.objects.files() {
-            Some(files) => {
-                let files = Arc::clone(files);
-                blocking(move || files.parts())
-                    .await?
-                    .into_iter()
-                    .map(Some)
-                    .collect()
-            }
-            None => vec![None],
-        };
-        let mut seen = 0;
-        for part in parts {
-            let listed = match (part, self.objects.files()) {
-                (Some(part), Some(files)) => {
-                    let files = Arc::clone(files);
-                    blocking(move || files.list_part(&part)).await?
-                }
-                _ => self.objects.list().await?,
-            };
-            for page in listed.chunks(KEYS) {
-                let keys: Vec<_> = page.iter().filter_map(|(_, key)| key.clone()).collect();
-                let known = self.rows.known(&keys).await?;
-                for (path, key) in page {
-                    let stray = match key {
-                        None => true,
-                        Some(key) => {
-                            !known.contains(key.as_str()) && self.is_there(path, key).await?
-                        }
-                    };
-                    if stray {
-                        self.report
-                            .problem(format!("`{}` belongs to nothing", path.display()));
-                    }
-                }
-                seen += page.len() as u64;
-                (self.progress)(VerifyProgress {
-                    phase: "objects",
-                    done: seen,
-                    total: None,
-                    bytes: self.report.bytes,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// What went since it was listed went with its row.
-    async fn is_there(&self, path: &Path, key: &StorageKey) -> Result<bool, Error> {
-        match &self.objects {
-            Objects::Directory(_) => Ok(path.exists()),
-            Objects::S3(s3) => Ok(s3.size(key).await?.is_some()),
-        }
-    }
-}
-
-/// Reads one object, or looks at its length.
-async fn examine(
-    objects: &Objects,
-    key: &StorageKey,
-    digest: &Digest,
-    size: u64,
-    hashes: bool,
-) -> Verdict {
-    if let (false, Objects::S3(s3)) = (hashes, objects) {
-        return match s3.size(key).await {
-            Ok(Some(found)) if found == size => Verdict::Sound,
-            Ok(Some(found)) => Verdict::Damaged(format!("it has {found} bytes, not {size}")),
-            Ok(None) => Verdict::Damaged("it is missing".to_owned()),
-            Err(error) => Verdict::of_failure(error),
-        };
-    }
-    match objects.read(key, size) {
-        Ok(_) if !hashes => Verdict::Sound,
-        Ok(content) => {
-            let blob = Blob { size, content };
-            scrub::hash(&blob, digest, |_| std::future::ready(())).await
-        }
-        Err(error) => Verdict::of_failure(error),
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or(Err(Error::Stopped))
-}
-
-/// The checks of rows on a SQLite database that is open here: its one writer is the snapshot.
-struct CheckRows;
-
-impl Body for CheckRows {
-    type Output = VerifyReport;
-    const KIND: WriteKind = WriteKind::Maintenance;
-
-    async fn run(&self, tx: &mut Tx) -> Result<VerifyReport, Error> {
-        let mut report = VerifyReport {
-            problems: sql::check_sqlite(tx)?,
-            ..VerifyReport::default()
-        };
-        check_rows(tx, &mut report, &|_| {}).await?;
-        Ok(report)
-    }
-}
-
-/// What rows say of one another.
-async fn check_rows(
-    tx: &mut Tx,
-    report: &mut VerifyReport,
-    progress: &(dyn Fn(&VerifyReport) + Send + Sync),
-) -> Result<(), Error> {
-    check_manifests(tx, report, progress).await?;
-    check_tags(tx, report).await?;
-    check_uploads(tx, report).await?;
-    usage::check(tx, &mut report.problems).await?;
-    for row in tx.query(&UNFILLED, &[]).await? {
-        report.problem(format!(
-            "an edge of repository `{}` to blob `{}` is not filled although the blob is there",
-            row.text(0)?,
-            row.digest(1)?
-        ));
-    }
-    check_queue(tx, report).await?;
-    for row in tx.query(&WRONG_PIN, &[]).await? {
-        report.problem(format!(
-            "the pin of `{}` on `{}` points to another manifest or to none",
-            row.text(0)?,
-            row.digest(1)?
-        ));
-    }
-    for row in tx.query(&LOST_TAG, &[]).await? {
-        report.problem(format!(
-            "tag `{}:{}` is not there although its history says so",
-            row.text(0)?,
-            row.text(1)?
-        ));
-    }
-    for row in tx.query(&HISTORY_GAP, &[]).await? {
-        report.problem(format!(
-            "the history of tag `{}:{}` has a gap",
-            row.text(0)?,
-            row.text(1)?
-        ));
-    }
-    for row in tx.query(&DOOMED, &[]).await? {
-        report.problem(format!(
-            "object `{}` is used and is to be deleted",
-            row.text(0)?
-        ));
-    }
-    for row in tx.query(&EVENT_GAP, &[]).await? {
-        let missing = row.i64(0)?;
-        if missing != 0 {
-            report.problem(format!(
-                "the numbers of the events have a gap: {missing} are missing"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Everything that nothing holds waits in the queue, else it would never be collected.
-async fn check_queue(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error> {
-    for row in tx.query(&UNUSED_QUEUE, &[]).await? {
-        report.problem(format!(
-            "blob {} of repository {} is held by nothing and waits in no queue",
-            row.i64(1)?,
-            row.i64(0)?
-        ));
-    }
-    for row in tx.query(&UNHELD_BLOB, &[]).await? {
-        report.problem(format!(
-            "blob `{}` is in no repository and waits in no queue",
-            row.digest(0)?
-        ));
-    }
-    for row in tx.query(&UNHELD_MANIFEST, &[]).await? {
-        report.problem(format!(
-            "manifest `{}@{}` is held by nothing and waits in no queue",
-            row.text(0)?,
-            row.digest(1)?
-        ));
-    }
-    for row in tx.query(&UNQUEUED_UPLOAD, &[]).await? {
-        report.problem(format!("upload `{}` waits in no queue", row.text(0)?));
-    }
-    for row in tx.query(&UNQUEUED_REPOSITORY, &[]).await? {
-        report.problem(format!(
-            "repository `{}` was deleted and waits in no queue",
-            row.opt_text(0)?.unwrap_or_default()
-        ));
-    }
-    Ok(())
-}
-
-async fn check_manifests(
-    tx: &mut Tx,
-    report: &mut VerifyReport,
-    progress: &(dyn Fn(&VerifyReport) + Send + Sync),
-) -> Result<(), Error> {
-    let mut last = i64::MIN;
-    loop {
-        let rows = tx.query(&MANIFESTS, &[last.into()]).await?;
-        for row in &rows {
-            last = row.i64(0)?;
-            report.manifests += 1;
-            check_manifest(tx, row, report).await?;
-        }
-        progress(report);
-        if rows.is_empty() {
-            return Ok(());
-        }
-    }
-}
-
-async fn check_manifest(tx: &mut Tx, row: &Row, report: &mut VerifyReport) -> Result<(), Error> {
-    let digest = row.digest(1)?;
-    let name = format!("manifest `{}@{digest}`", row.text(6)?);
-    let body = row.bytes(4)?;
-    report.bytes += body.len() as u64;
-    if body.len() as u64 != row.u64(3)? || !digest.matches(&body) {
-        report.problem(format!("the bytes of {name} are damaged"));
-        return Ok(());
-    }
-    let view = match Manifest::parse(&body, &row.text(2)?) {
-        Ok(view) => view,
-        Err(error) => {
-            report.problem(format!("{name} cannot be read: {error}"));
-            return Ok(());
-        }
-    };
-    // The content of a deleted repository goes in steps, edges before manifests. Its name is none that a repository can have.
-    if row.text(6)?.starts_with('/') {
-        return Ok(());
-    }
-    let named: BTreeSet<Digest> = view
-        .blobs()
-        .chain(view.children())
-        .map(|entry| entry.digest.clone())
-        .collect();
-    let mut edges = BTreeSet::new();
-    for edge in tx.query(&EDGES, &[row.i64(0)?.into()]).await? {
-        let target = edge.digest(0)?;
-        if edge.i64(1)? == 2 {
-            report.problem(format!("the edge of {name} to `{target}` points elsewhere"));
-        }
-        edges.insert(target);
-    }
-    for missing in named.difference(&edges) {
-        report.problem(format!("{name} names `{missing}` but has no edge to it"));
-    }
-    for surplus in edges.difference(&named) {
-        report.problem(format!(
-            "{name} has an edge to `{surplus}`, which it does not name"
-        ));
-    }
-    let subject = view.subject.map(|subject| subject.digest);
-    if subject != row.opt_digest(5)? {
-        report.problem(format!("the subject in the row of {name} is another one"));
-    }
-    if let Some(subject) = subject {
-        let key = [row.i64(7)?.into(), (&digest).into()];
-        let mut linked = false;
-        for link in tx.query(&REFERRED, &key).await? {
-            linked |= link.digest(0)? == subject;
-        }
-        if !linked {
-            report.problem(format!(
-                "{name} is not listed as a referrer of its subject `{subject}`"
-            ));
-        }
-    }
-    Ok(())
-}
-
-async fn check_tags(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error> {
-    let (mut repository, mut last) = (i64::MIN, String::new());
-    loop {
-        let rows = tx
-            .query(&TAGS, &[repository.into(), (&last).into()])
-            .await?;
-        for row in &rows {
-            last = row.text(0)?;
-            repository = row.i64(2)?;
-            let name = format!("tag `{}:{last}`", row.text(1)?);
-            let points_to = row.opt_digest(4)?;
-            if points_to.is_none() {
-                report.problem(format!("{name} points to no manifest of its repository"));
-            } else if points_to != row.opt_digest(5)? || row.opt_i64(6)? != Some(row.i64(3)?) {
-                report.problem(format!("{name} is not where its history says"));
-            }
-        }
-        if rows.is_empty() {
-            return Ok(());
-        }
-    }
-}
-
-async fn check_uploads(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error> {
-    let mut last = i64::MIN;
-    loop {
-        let rows = tx.query(&UPLOADS, &[last.into()]).await?;
-        for row in &rows {
-            last = row.i64(0)?;
-            let size = row.u64(1)?;
-            // The object of an open upload is still being written; only the row can be checked.
-            let sound = match (row.opt_text(2)?, row.opt_bytes(3)?) {
-                (_, Some(body)) => body.len() as u64 == size,
-                (key, None) => key.is_some() || row.opt_text(4)?.is_some(),
-            };
-            if !sound {
-                report.problem(format!("the row of upload {last} contradicts itself"));
-            }
-        }
-        if rows.is_empty() {
-            return Ok(());
-        }
-    }
 }
 
 /// Problems that are told; more are counted.
 const MAX_PROBLEMS: usize = 10_000;
-/// Objects whose rows are looked up in one moment.
-const KEYS: usize = 1000;

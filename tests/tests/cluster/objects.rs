@@ -121,19 +121,11 @@ fn an_object_store_that_restarts_under_load_loses_nothing() {
         pushers.wait_for_more(15);
         let before = pushers.troubles();
         site.cluster.objects.kill();
-        wait_for("a refused push", || {
-            (pushers.troubles() > before).then_some(())
-        });
+        pushers.wait_for_trouble_since(before);
         site.cluster.objects.restart();
         pushers.wait_for_more(15);
     }
-    let pushed = pushers.finish();
-    healthy(&mut site.servers);
-    pushed.refused_clearly();
-    pushed.all_there(&site.servers);
-    for server in &site.servers {
-        kept.readable(server);
-    }
+    site.lost_nothing(pushers, &kept);
 }
 
 #[test]

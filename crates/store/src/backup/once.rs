@@ -10,6 +10,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::layout::{self, BASE, LISTED, Layout, LineHead};
 use super::vault::Vault;
 use crate::blob::file_system::FileSystem;
+use crate::blocking::blocking;
 use crate::clock::{Clock, Timestamp};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -38,9 +39,7 @@ pub struct BackupMade {
 /// [`Error::Full`], [`Error::Io`], [`Error::Database`].
 pub async fn backup(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
     let (data, directory) = (data.to_owned(), directory.to_owned());
-    tokio::task::spawn_blocking(move || run(&data, &directory, link))
-        .await
-        .unwrap_or(Err(Error::Stopped))
+    blocking(move || run(&data, &directory, link)).await
 }
 
 fn run(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {

@@ -13,6 +13,7 @@ use super::layout::{Layout, Line, SEGMENT_BYTES, Segment};
 use super::wal::{Cursor, HEADER};
 use crate::adopt::{self, Adopt};
 use crate::blob::file_system::{FileSystem, StorageKey, sync_directory};
+use crate::blocking::blocking;
 use crate::clock::{Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
@@ -52,14 +53,10 @@ pub async fn restore(
     options: &Options,
 ) -> Result<Restored, Error> {
     let (backup, target) = (backup.to_owned(), to.to_owned());
-    let prepared = tokio::task::spawn_blocking(move || prepare(&backup, &target, at))
-        .await
-        .unwrap_or(Err(Error::Stopped))?;
+    let prepared = blocking(move || prepare(&backup, &target, at)).await?;
     let context = Context::new();
     let database = prepared.database.clone();
-    let db = tokio::task::spawn_blocking(move || Db::open_sqlite(&database, false, context))
-        .await
-        .unwrap_or(Err(Error::Stopped))?;
+    let db = blocking(move || Db::open_sqlite(&database, false, context)).await?;
     let epoch = random_name()?;
     let adopted = db
         .write(Adopt {
@@ -72,9 +69,7 @@ pub async fn restore(
     db.close().await?;
     drop(db);
     adopted?;
-    tokio::task::spawn_blocking(move || finish(prepared, epoch))
-        .await
-        .unwrap_or(Err(Error::Stopped))
+    blocking(move || finish(prepared, epoch)).await
 }
 
 struct Prepared {
@@ -432,9 +427,7 @@ pub struct BackupReport {
 /// When the directory cannot be read at all. What is wrong with its content is in the report.
 pub async fn verify_backup(directory: &Path) -> Result<BackupReport, Error> {
     let directory = directory.to_owned();
-    tokio::task::spawn_blocking(move || verify(&directory))
-        .await
-        .unwrap_or(Err(Error::Stopped))
+    blocking(move || verify(&directory)).await
 }
 
 fn verify(directory: &Path) -> Result<BackupReport, Error> {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::blob::file_system::sync_directory;
 use crate::blob::s3::S3;
+use crate::blocking::blocking;
 use crate::error::Error;
 
 /// The name of a part: `<set>-<part>-<random>`.
@@ -145,14 +146,6 @@ impl Shelf {
 
 fn place(name: &Name) -> String {
     format!("{EXPORTS}/{}", name.text())
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or(Err(Error::Stopped))
 }
 
 /// The directory of exports in a data directory.

@@ -25,6 +25,7 @@ use crate::blob::Content as NewContent;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::s3::RemoteStream;
+use crate::blocking::blocking;
 use crate::clock::random_name;
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -116,9 +117,7 @@ impl StoreSink {
             let (digest, placement) = (digest.clone(), self.placement);
             move || place(&files, &key, &file, size, &digest, placement)
         };
-        let placed = tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or(Err(Error::Stopped));
+        let placed = blocking(work).await;
         let placed = match placed {
             Ok(Some(placed)) => placed,
             other => {

@@ -8,6 +8,7 @@ use super::tables::{self, JOURNAL, MOVED, journal};
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
+use crate::blocking::blocking;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -46,9 +47,7 @@ impl Source {
         let (db, mut locks, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
                 let path = root.clone();
-                let (db, lock) = tokio::task::spawn_blocking(move || open_sqlite(&path, last))
-                    .await
-                    .unwrap_or(Err(Error::Stopped))?;
+                let (db, lock) = blocking(move || open_sqlite(&path, last)).await?;
                 (db, Vec::from_iter(lock), Some(root.clone()))
             }
             DatabaseLocation::Postgres(url) => {
@@ -118,9 +117,7 @@ impl Source {
         let Some(root) = root else {
             return Ok(());
         };
-        tokio::task::spawn_blocking(move || directory::retire(&root))
-            .await
-            .unwrap_or(Err(Error::Stopped))
+        blocking(move || directory::retire(&root)).await
     }
 
     /// Gives the lock of a directory to the destination, when both use it.
@@ -158,9 +155,7 @@ impl Destination {
                 let (path, fresh) = (directory::database(root), directory.fresh);
                 locks.push(directory);
                 let open = move || Db::open_sqlite(&path, fresh, Context::new());
-                let db = tokio::task::spawn_blocking(open)
-                    .await
-                    .unwrap_or(Err(Error::Stopped))?;
+                let db = blocking(open).await?;
                 (db, Some(root.clone()))
             }
             DatabaseLocation::Postgres(url) => {
@@ -262,9 +257,7 @@ async fn lock(root: &Path, embedded: bool) -> Result<Directory, Error> {
             Directory::open_objects(&root)
         }
     };
-    tokio::task::spawn_blocking(take)
-        .await
-        .unwrap_or(Err(Error::Stopped))
+    blocking(take).await
 }
 
 async fn open_objects(objects: &ObjectLocation) -> Result<Objects, Error> {
@@ -278,9 +271,7 @@ async fn open_objects(objects: &ObjectLocation) -> Result<Objects, Error> {
 
 async fn beside(root: &Path) -> Result<Tx, Error> {
     let path = directory::database(root);
-    tokio::task::spawn_blocking(move || sql::sqlite_snapshot(&path, false, Context::new()))
-        .await
-        .unwrap_or(Err(Error::Stopped))
+    blocking(move || sql::sqlite_snapshot(&path, false, Context::new())).await
 }
 
 /// Waits a moment until no other session uses a PostgreSQL source as its user.

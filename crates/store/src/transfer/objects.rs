@@ -17,6 +17,7 @@ use super::tables::{Insert, Pages, TABLES, Table, columns, discard_statement};
 use crate::blob::StorageKey;
 use crate::blob::objects::Objects;
 use crate::blob::s3::{Completed, Failure, S3, pause, transfer};
+use crate::blocking::blocking;
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::BlobContent;
@@ -179,7 +180,9 @@ impl Moving<'_> {
                 let (files, key) = (Arc::clone(files), object.key.clone());
                 let file = {
                     let (files, key) = (Arc::clone(&files), key.clone());
-                    blocking(move || files.create(&key, &[]).map(Arc::new)).await?
+                    blocking(move || files.create(&key, &[]).map(Arc::new))
+                        .await
+                        .map_err(Broken::Fatal)?
                 };
                 let mut at = 0;
                 while let Some(chunk) = reader.next().await? {
@@ -189,7 +192,8 @@ impl Moving<'_> {
                         file.write_all_at(&chunk, at)
                             .map_err(|error| Error::io("write", &files.path(&key), error))
                     })
-                    .await?;
+                    .await
+                    .map_err(Broken::Fatal)?;
                     at += length;
                 }
                 reader.finish(object)?;
@@ -198,7 +202,8 @@ impl Moving<'_> {
                         .map_err(|error| Error::io("sync", &files.path(&key), error))?;
                     files.sync_entry(&key)
                 })
-                .await?;
+                .await
+                .map_err(Broken::Fatal)?;
             }
             Objects::S3(s3) => send(s3, object, &mut reader).await?,
         }
@@ -372,15 +377,6 @@ fn of_source(error: Error) -> Broken {
     }
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Broken> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or(Err(Error::Stopped))
-        .map_err(Broken::Fatal)
-}
-
 /// Reads every object of the destination again, or asks for its size alone.
 pub(crate) async fn verify(
     tx: &mut Tx,
@@ -452,9 +448,8 @@ async fn look(objects: &Objects, object: &Wanted, whole: bool) -> Result<Option<
         Objects::Directory(files) => {
             let (files, key, size) = (Arc::clone(files), object.key.clone(), object.size);
             // Its length is compared as it is opened.
-            tokio::task::spawn_blocking(move || files.read(&key, size).map(|_| size))
+            blocking(move || files.read(&key, size).map(|_| size))
                 .await
-                .unwrap_or(Err(Error::Stopped))
                 .map(Some)
                 .map_err(of_source)?
         }
