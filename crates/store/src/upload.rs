@@ -419,7 +419,7 @@ pub(crate) fn keep(options: &Options) -> blob::Keep {
     blob::Keep {
         lease: options.lease,
         replaced: options.gc.grace(),
-        unused: late_writes(),
+        unused: Duration::ZERO,
     }
 }
 
