@@ -34,11 +34,11 @@ const EMBEDDED: &[(&str, &str)] = &[
     ),
     (
         "a_damaged_blob_is_found_told_and_healed_by_a_push",
-        "it changes a file",
+        "it changes a file; `objects::` of the suite `cluster` has wrong bytes found and healed",
     ),
     (
         "verify_store_looks_at_a_configuration_and_tells_what_is_not_there",
-        "it removes files",
+        "it removes files; the other tests here run `verify-store --config` on the cluster",
     ),
     (
         "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
@@ -229,7 +229,10 @@ fn end_to_end(
 fn is_wire_level(filter: &str) -> bool {
     let module = filter.split("::").next().unwrap_or(filter);
     let file = format!("{WIRE}/tests/it/{module}.rs");
-    !module.is_empty() && shell::root().join(file).is_file()
+    module
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '_')
+        && shell::root().join(file).is_file()
 }
 
 /// Whether a filter and a name of tests to skip may mean the same tests.
@@ -301,18 +304,18 @@ fn with_path(first: &[&Path]) -> std::ffi::OsString {
     std::env::join_paths(all).unwrap_or(path.clone())
 }
 
-/// Runs a `cargo test`, shows its output as it comes, and counts.
-fn tests(name: &'static str, cargo: &mut Command) -> anyhow::Result<Count> {
+/// Runs a `cargo test` or one test program, shows its output as it comes, and counts.
+fn tests(name: &'static str, command: &mut Command) -> anyhow::Result<Count> {
     println!("\n== {name} ==");
     let start = Instant::now();
     let mut count = Count {
         name,
         ..Count::default()
     };
-    let mut child = cargo
+    let mut child = command
         .stdout(Stdio::piped())
         .spawn()
-        .context("cannot start cargo")?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     let output = child.stdout.take().context("the output is a pipe")?;
     let mut summed = (0, 0);
     for line in BufReader::new(output).split(b'\n') {
@@ -473,6 +476,34 @@ mod tests {
             Some(&Outcome::Failed)
         );
         assert_eq!(count.not_run, ["2 tests marked as ignored"]);
+    }
+
+    #[test]
+    fn what_is_left_out_in_cluster_mode_is_there() {
+        for (name, why) in EMBEDDED {
+            let found = ["store", "it"].iter().any(|suite| {
+                let suite = shell::root().join("tests/tests").join(suite);
+                match name.strip_suffix("::") {
+                    Some(module) => suite.join(format!("{module}.rs")).is_file(),
+                    None => std::fs::read_dir(suite).unwrap().flatten().any(|file| {
+                        std::fs::read_to_string(file.path())
+                            .is_ok_and(|text| text.contains(&format!("fn {name}(")))
+                    }),
+                }
+            });
+            assert!(found, "no test is named `{name}`");
+            assert!(!why.is_empty());
+        }
+    }
+
+    #[test]
+    fn filters_of_the_wire_level_suite_are_known() {
+        for filter in ["upload", "upload::", "tag::pages_follow_links"] {
+            assert!(is_wire_level(filter), "{filter}");
+        }
+        for filter in ["", "clients::crane", "collection::", "../it/tag"] {
+            assert!(!is_wire_level(filter), "{filter}");
+        }
     }
 
     #[test]
