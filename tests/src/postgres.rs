@@ -265,11 +265,11 @@ pub(crate) fn psql(port: u16, database: &str, statement: &str) -> Run {
         .dir("/")
 }
 
-/// The directory of the newest PostgreSQL of this machine.
+/// The directory of the programs of the newest PostgreSQL of this machine.
 ///
 /// # Panics
 /// When there is none.
-fn programs() -> PathBuf {
+pub fn programs() -> PathBuf {
     let mut found: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()

@@ -16,6 +16,8 @@ mod objects;
 #[cfg(test)]
 mod pushes;
 #[cfg(test)]
+mod redirect;
+#[cfg(test)]
 mod replica;
 
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -3,6 +3,7 @@ use std::path::Path;
 use registry::{Access, Action, Error, Server, Settings};
 
 use crate::harness::{EMPTY, MANIFEST, Registry, Reply, basic, basic_with, image, passwords, rule};
+use crate::place::Place;
 
 async fn token(registry: &Registry, authorization: Option<&str>, query: &str) -> Reply {
     let headers: Vec<_> = authorization
@@ -603,9 +604,8 @@ async fn open_mode_serves_this_machine_alone() {
 #[tokio::test]
 async fn settings_that_cannot_work_are_refused_at_start() {
     let dir = tempfile::tempdir().unwrap();
-    let store = store::Store::open(&dir.path().join("data"), store::Options::default())
-        .await
-        .unwrap();
+    let place = Place::new(dir.path());
+    let store = place.open(store::Options::default()).await;
     let bind = async |settings| Server::bind(settings, store.clone()).await.unwrap_err();
     let base = || Settings {
         listen: vec![([127, 0, 0, 1], 0).into()],
