@@ -10,6 +10,7 @@
 //! What it does not do: start other registries. They are given with `--peer NAME=URL,PID`, run with open access over
 //! plain HTTP, and keep what is pushed to them.
 
+mod collection;
 mod content;
 mod contestant;
 mod growth;
@@ -60,6 +61,9 @@ pub(crate) struct Arguments {
     /// Tags in the repository whose pages are asked for, and that is pushed to.
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
     tags: u64,
+    /// Blobs that wait for the collector while pulls are measured beside it.
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
+    garbage: u64,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
