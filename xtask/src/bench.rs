@@ -16,6 +16,7 @@ mod contestant;
 mod growth;
 mod load;
 mod process;
+mod replicas;
 mod report;
 mod sink;
 mod wire;
@@ -95,6 +96,8 @@ pub(crate) enum Task {
     PushAtTags,
     /// Collection, what it costs, and what pulls notice of it.
     Collection,
+    /// Three replicas over PostgreSQL and S3 beside one.
+    Replicas,
 }
 
 /// Pushers at the same time.
@@ -308,7 +311,7 @@ impl<'a> Bench<'a> {
             Task::Push => load::push(base, &body)?,
             Task::Images => load::push_images(base, 1, time)?,
             Task::ImagesParallel => load::push_images(base, PUSHERS, time)?,
-            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection => {
+            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection | Task::Replicas => {
                 anyhow::bail!("`{}` is measured by itself", task.name())
             }
             Task::Events => {
@@ -348,7 +351,7 @@ impl Task {
     fn grows(self) -> bool {
         matches!(
             self,
-            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection
+            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection | Self::Replicas
         )
     }
 
@@ -372,6 +375,7 @@ impl Task {
             Self::TagPage => "tag-page",
             Self::PushAtTags => "push-at-tags",
             Self::Collection => "collection",
+            Self::Replicas => "replicas",
         }
     }
 }
