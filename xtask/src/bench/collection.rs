@@ -41,9 +41,11 @@ const PULLERS: usize = 8;
 /// The size of the blob that is pulled.
 const PULLED: usize = 1 << 20;
 /// How long pulls go to one server before they go to the other.
-const SLICE: Duration = Duration::from_millis(700);
+const SLICE: Duration = Duration::from_secs(1);
+/// The part of it that is not counted, in which a server that was stopped comes back.
+const WARM: Duration = Duration::from_millis(200);
 /// Pairs of slices of one kind of load.
-const PAIRS: usize = 24;
+const PAIRS: usize = 20;
 /// The part of the server's capacity that clients with fixed times ask for.
 const CALM: f64 = 0.3;
 /// How long a collection may take.
@@ -194,7 +196,9 @@ impl Side {
                 let head = wire.head()?;
                 expect(&head, 200, "GET of a blob")?;
                 wire.discard(PULLED as u64)?;
-                times.push(begin.elapsed().as_secs_f64() * 1e3);
+                if begin.duration_since(start) >= WARM {
+                    times.push(begin.elapsed().as_secs_f64() * 1e3);
+                }
             }
             Ok(times)
         })?;
@@ -322,6 +326,8 @@ fn compare(
 
 fn one_slice(side: &Side, target: &str, every: Option<Duration>) -> anyhow::Result<Vec<f64>> {
     side.go_on();
+    // As the other side is asked.
+    Left::ask(&side.base)?;
     let times = side.slice(target, every);
     side.pause();
     times
