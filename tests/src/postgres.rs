@@ -142,6 +142,14 @@ impl Postgres {
         )
     }
 
+    /// The id of its first process, whose children are all others.
+    ///
+    /// # Panics
+    /// When it does not run any more.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the server runs").id()
+    }
+
     /// Its port.
     pub fn port(&self) -> u16 {
         self.port

@@ -51,6 +51,7 @@ mod dry_run;
 mod explain;
 mod liveness;
 mod outbox;
+mod pace;
 mod queue;
 mod repository;
 mod settings;
