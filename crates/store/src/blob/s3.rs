@@ -25,8 +25,8 @@ use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::signer::Signer;
 use object_store::{
-    ClientOptions, HeaderValue, ObjectStore, ObjectStoreExt, PutOptions, PutPayload, RetryConfig,
-    StaticCredentialProvider,
+    ClientOptions, GetOptions, GetRange, HeaderValue, ObjectStore, ObjectStoreExt, PutOptions,
+    PutPayload, RetryConfig, StaticCredentialProvider,
 };
 
 use crate::blob::StorageKey;
@@ -179,7 +179,15 @@ impl S3 {
         }
         let key = StorageKey::parse(&"0".repeat(32))?;
         let path = self.path(&key);
-        let asked = attempts(|| limited(CONTROL, self.0.store.get_range(&path, 0..1))).await;
+        let asked = attempts(|| async {
+            let asked = limited(CONTROL, self.0.store.get_range(&path, 0..1)).await;
+            // Whoever starts a server wants to hear of a wrong name at once.
+            asked.map_err(|failure| match failure.code("NoSuchBucket") {
+                true => failure.at_last(),
+                false => failure,
+            })
+        })
+        .await;
         match asked {
             Err(failure) if failure.code("NoSuchBucket") => Err(unusable(format!(
                 "there is no such bucket: `{}`",
@@ -289,17 +297,32 @@ impl S3 {
         }
     }
 
-    /// The size of an object, `None` when there is none.
+    /// The size of an object, `None` when the store says that there is none.
     pub(crate) async fn size(&self, key: &StorageKey) -> Result<Option<u64>, Error> {
         let path = self.path(key);
-        match attempts(|| limited(CONTROL, self.0.store.head(&path))).await {
-            Ok(found) => Ok(Some(found.size)),
+        let size = attempts(|| async {
+            match limited(CONTROL, self.0.store.head(&path)).await {
+                // Why, the answer to a HEAD cannot say.
+                Err(failure) if failure.is_404() => {
+                    let first = GetOptions {
+                        range: Some(GetRange::Bounded(0..1)),
+                        ..GetOptions::default()
+                    };
+                    limited(CONTROL, self.0.store.get_opts(&path, first))
+                        .await
+                        .map(|got| got.meta.size)
+                }
+                answer => answer.map(|found| found.size),
+            }
+        });
+        match size.await {
+            Ok(size) => Ok(Some(size)),
             Err(Failure::Missing(_)) => Ok(None),
             Err(failure) => Err(failure.into()),
         }
     }
 
-    /// Aborts one multipart upload. One that is gone is no error.
+    /// Aborts one multipart upload. One that the store says is gone is no error.
     pub(crate) async fn abort(&self, key: &StorageKey, multipart: &str) -> Result<(), Error> {
         let (path, id) = (self.path(key), multipart.to_owned());
         match attempts(|| limited(CONTROL, self.0.store.abort_multipart(&path, &id))).await {
@@ -378,15 +401,20 @@ impl S3 {
         Err(generic(format!("status code: {status}: {text}").into()))
     }
 
-    /// Removes objects, a thousand with one request. What is gone already is no error.
+    /// Removes objects, a thousand with one request. What the store says is gone already is no error.
     pub(crate) async fn remove(&self, keys: &[StorageKey]) -> Vec<Result<(), Error>> {
         let mut results = Vec::with_capacity(keys.len());
         for batch in keys.chunks(DELETED_AT_ONCE) {
-            let mut answers = self.delete(&self.0.store, batch).await;
-            if answers
-                .iter()
-                .any(|answer| matches!(answer, Err(Failure::Refused(_))))
-            {
+            // The answer speaks of all of them at once, or of none: it cannot say that one is gone.
+            let mut answers: Vec<_> = self
+                .delete(&self.0.store, batch)
+                .await
+                .into_iter()
+                .map(|answer| answer.map_err(Failure::never_missing))
+                .collect();
+            if answers.iter().any(
+                |answer| matches!(answer, Err(failure) if failure.is_404() || matches!(failure, Failure::Refused(_))),
+            ) {
                 // A store may lack the request for many.
                 answers = self.delete(&self.0.single, batch).await;
             }

@@ -101,9 +101,15 @@ async fn what_goes_wrong_once_is_tried_again() {
     for (request, fault) in [
         (Request::Put, Fault::Status(500)),
         (Request::Put, Fault::Status(429)),
+        (Request::Put, Fault::NotFound),
         (Request::Put, Fault::LostAnswer),
         (Request::Create, Fault::Status(503)),
         (Request::Create, Fault::LostAnswer),
+        (Request::Create, Fault::NotFound),
+        (Request::Part, Fault::NotFound),
+        (Request::Part, Fault::NoSuch("NoSuchBucket")),
+        (Request::Complete, Fault::NotFound),
+        (Request::Head, Fault::NotFound),
         (Request::Part, Fault::Status(500)),
         (Request::Part, Fault::LostAnswer),
         (Request::Complete, Fault::Status(500)),
@@ -128,7 +134,7 @@ async fn what_goes_wrong_once_is_tried_again() {
         let read = read_blob(store, &name("a/b"), &Digest::sha256(&bytes)).await;
         assert!(read.unwrap() == bytes, "{request:?} {fault:?}");
     }
-    ends_clean(objects, store, 10).await;
+    ends_clean(objects, store, usize::try_from(seed).unwrap()).await;
 }
 
 #[tokio::test]
@@ -142,6 +148,8 @@ async fn a_failure_that_stays_is_said_and_the_upload_goes_on_later() {
         (4, Request::Complete, Fault::Status(500)),
         (5, Request::Complete, Fault::ErrorWithin200),
         (6, Request::Create, Fault::Status(500)),
+        (7, Request::Part, Fault::NotFound),
+        (8, Request::Complete, Fault::NoSuch("NoSuchBucket")),
     ] {
         let bytes = content(seed, PART + 100_000);
         let id = start(store).await;
@@ -177,7 +185,7 @@ async fn a_failure_that_stays_is_said_and_the_upload_goes_on_later() {
         writer.commit(&digest, &actor()).await.unwrap();
         assert!(read_blob(store, &repository, &digest).await.unwrap() == bytes);
     }
-    ends_clean(objects, store, 6).await;
+    ends_clean(objects, store, 8).await;
 }
 
 /// Complete was carried out, but every answer was lost and the client was told 503: its retry finds the object.
@@ -278,6 +286,8 @@ async fn a_read_that_breaks_off_goes_on_and_a_short_object_is_never_whole() {
         Fault::Short(10),
         Fault::Status(500),
         Fault::LostAnswer,
+        Fault::NotFound,
+        Fault::NoSuch("NoSuchBucket"),
     ] {
         objects.fail(Request::Get, fault, FOR_GOOD);
         let failed = blob.read(0..u64::MAX).await;
@@ -287,7 +297,7 @@ async fn a_read_that_breaks_off_goes_on_and_a_short_object_is_never_whole() {
         );
         objects.heal();
     }
-    objects.fail(Request::Get, Fault::Status(404), 1);
+    objects.fail(Request::Get, Fault::NoSuch("NoSuchKey"), 1);
     let missing = blob.read(0..u64::MAX).await;
     assert!(matches!(missing, Err(Error::Damaged { .. })), "{missing:?}");
     assert!(blob.read(0..u64::MAX).await.unwrap() == bytes);
@@ -336,6 +346,61 @@ async fn the_outbox_keeps_what_could_not_be_deleted() {
         ends_clean(objects, store, 0).await;
         assert_eq!(store.statistics().await.unwrap().pending_deletions, 0);
     }
+}
+
+/// Neither a wrong bucket nor somebody else's page says that objects or uploads are gone.
+#[tokio::test]
+async fn the_outbox_believes_no_404_but_that_of_the_object() {
+    let world = world().await;
+    let (store, objects, repository) = (&world.store, &world.objects, name("a/b"));
+    for fault in [
+        Fault::NotFound,
+        Fault::NoSuch("NoSuchBucket"),
+        Fault::NoSuch("NoSuchKey"),
+    ] {
+        for length in [50_000, PART + 10] {
+            let id = start(store).await;
+            let mut writer = store.claim_upload(&repository, &id).await.unwrap();
+            writer.write(content(1, length)).await.unwrap();
+            writer.record().await.unwrap();
+            store.cancel_upload(&repository, &id).await.unwrap();
+        }
+        objects.fail(Request::Delete, fault, FOR_GOOD);
+        if !matches!(fault, Fault::NoSuch("NoSuchKey")) {
+            objects.fail(Request::Abort, fault, FOR_GOOD);
+            objects.fail(Request::DeleteOne, fault, FOR_GOOD);
+        } else {
+            objects.fail(Request::DeleteOne, Fault::Status(500), FOR_GOOD);
+        }
+        let before = objects.objects();
+        assert!(before > 0);
+        store.advance_clock(Duration::from_mins(10));
+        store.maintain_once().await.unwrap();
+        assert_eq!(objects.objects(), before, "{fault:?}");
+        let waiting = store.statistics().await.unwrap().pending_deletions;
+        assert!(waiting >= before as u64, "{fault:?}: {waiting}");
+        objects.heal();
+        store.advance_clock(Duration::from_hours(1));
+        ends_clean(objects, store, 0).await;
+        assert_eq!(store.statistics().await.unwrap().pending_deletions, 0);
+    }
+}
+
+/// A store that lacks the request for many may say so with 404.
+#[tokio::test]
+async fn what_cannot_be_deleted_together_is_deleted_one_by_one() {
+    let world = world().await;
+    let (store, objects, repository) = (&world.store, &world.objects, name("a/b"));
+    let id = start(store).await;
+    let mut writer = store.claim_upload(&repository, &id).await.unwrap();
+    writer.write(content(1, 50_000)).await.unwrap();
+    writer.record().await.unwrap();
+    store.cancel_upload(&repository, &id).await.unwrap();
+    objects.fail(Request::Delete, Fault::NotFound, 1);
+    objects.fail(Request::DeleteOne, Fault::NoSuch("NoSuchKey"), 1);
+    store.advance_clock(Duration::from_mins(10));
+    store.maintain_once().await.unwrap();
+    assert_eq!(store.statistics().await.unwrap().pending_deletions, 0);
 }
 
 #[tokio::test]

@@ -25,6 +25,7 @@ pub(crate) enum Request {
     Complete,
     Abort,
     Delete,
+    DeleteOne,
     ListUploads,
     List,
 }
@@ -34,6 +35,10 @@ pub(crate) enum Request {
 pub(crate) enum Fault {
     /// It is answered with this status and nothing is done.
     Status(u16),
+    /// It is answered with 404 and this code, and nothing is done.
+    NoSuch(&'static str),
+    /// It is answered with 404 and a page of somebody else, and nothing is done.
+    NotFound,
     /// It is done, and then the connection is closed without an answer.
     LostAnswer,
     /// It is answered with 200 and an error in the body, and nothing is done.
@@ -81,6 +86,13 @@ impl StandIn {
 
     /// A store over this object store.
     pub(crate) async fn open(&self, database: DatabaseLocation, options: Options) -> Store {
+        Store::open_at(&self.location(database), options)
+            .await
+            .unwrap()
+    }
+
+    /// Where that store is.
+    pub(crate) fn location(&self, database: DatabaseLocation) -> Location {
         let objects = ObjectLocation::S3(S3Location {
             bucket: "bucket".to_owned(),
             endpoint: Some(self.endpoint.clone()),
@@ -91,9 +103,7 @@ impl StandIn {
             }),
             ..S3Location::default()
         });
-        Store::open_at(&Location { database, objects }, options)
-            .await
-            .unwrap()
+        Location { database, objects }
     }
 
     /// The next `times` requests of this kind go wrong.
@@ -129,6 +139,12 @@ impl StandIn {
         let mut state = self.state.lock().unwrap();
         let (_, parts) = state.uploads.values_mut().next().unwrap();
         parts.insert(number, bytes);
+    }
+
+    /// Takes the object out that has these bytes, as an accident would.
+    pub(crate) fn lose(&self, bytes: &Bytes) {
+        let mut state = self.state.lock().unwrap();
+        state.objects.retain(|_, object| object != bytes);
     }
 
     /// Changes every object.
@@ -181,6 +197,8 @@ async fn serve(stream: TcpStream, state: Arc<Mutex<State>>) {
     };
     let answer = match fault {
         Some(Fault::Status(status)) => Answer::of(status, "<Error><Code>Broken</Code></Error>"),
+        Some(Fault::NoSuch(code)) => Answer::of(404, format!("<Error><Code>{code}</Code></Error>")),
+        Some(Fault::NotFound) => Answer::of(404, "<html><h1>404 Not Found</h1></html>"),
         Some(Fault::ErrorWithin200) => Answer::of(
             200,
             "<Error><Code>InternalError</Code><Message>no</Message></Error>",
@@ -244,7 +262,8 @@ fn kind(method: &str, query: &BTreeMap<&str, &str>) -> Request {
         "POST" if has("uploads") => Request::Create,
         "POST" if has("delete") => Request::Delete,
         "POST" => Request::Complete,
-        "DELETE" => Request::Abort,
+        "DELETE" if has("uploadId") => Request::Abort,
+        "DELETE" => Request::DeleteOne,
         _ if has("uploads") => Request::ListUploads,
         _ if has("list-type") => Request::List,
         _ => Request::Get,
@@ -359,6 +378,10 @@ fn act(
             None => no_upload(),
             Some(_) => Answer::of(204, ""),
         },
+        Request::DeleteOne => {
+            state.objects.remove(&key);
+            Answer::of(204, "")
+        }
         Request::Delete => {
             let text = String::from_utf8_lossy(&body).into_owned();
             for object in text.split("<Key>").skip(1) {

@@ -1,4 +1,9 @@
 //! What a failed request to the object store means, and how often it is tried again.
+//!
+//! The key decision: **404 alone does not say that something is gone.** A balancer without a backend, a wrong bucket and
+//! a proxy on its way up answer so too, and who believes them forgets what is there. Only the store's own words, the
+//! code `NoSuchKey` or `NoSuchUpload` in its answer, are [`Failure::Missing`]; any other 404 may be answered otherwise
+//! later. An answer to HEAD has no room for a code, so what HEAD does not find is asked for with a GET.
 
 use std::error::Error as _;
 use std::fmt;
@@ -10,11 +15,12 @@ use crate::error::Error;
 /// Why a request failed.
 #[derive(Clone, Debug)]
 pub(crate) enum Failure {
-    /// What it is about does not exist (404).
+    /// The store says that the object or the multipart upload does not exist: a 404 with the code for it.
     Missing(String),
     /// It will never be answered otherwise (most of 4xx).
     Refused(String),
-    /// It may be answered when it is tried again (5xx, 429, no answer, an answer without sense).
+    /// It may be answered when it is tried again (5xx, 429, a 404 that does not say of what, no answer, an answer
+    /// without sense).
     Again(String),
 }
 
@@ -22,6 +28,27 @@ impl Failure {
     /// Whether the store gave this error code.
     pub(super) fn code(&self, code: &str) -> bool {
         self.text().contains(&format!("<Code>{code}</Code>"))
+    }
+
+    /// Whether it is a 404, whatever that is about.
+    pub(super) fn is_404(&self) -> bool {
+        status(self.text()) == Some(404)
+    }
+
+    /// The same failure of a request that can never tell of one object: what it is about cannot be missing.
+    pub(super) fn never_missing(self) -> Self {
+        match self {
+            Self::Missing(text) => Self::Again(text),
+            other => other,
+        }
+    }
+
+    /// The same failure where it makes no sense to try again.
+    pub(super) fn at_last(self) -> Self {
+        match self {
+            Self::Again(text) => Self::Refused(text),
+            other => other,
+        }
     }
 
     fn text(&self) -> &str {
@@ -70,7 +97,11 @@ impl From<object_store::Error> for Failure {
             source = inner.source();
         }
         match error {
-            object_store::Error::NotFound { .. } => Self::Missing(text),
+            object_store::Error::NotFound { .. }
+                if super::elements(&text, "Code").any(|code| MISSING.contains(&code)) =>
+            {
+                Self::Missing(text)
+            }
             object_store::Error::PermissionDenied { .. }
             | object_store::Error::Unauthenticated { .. }
                 // A clock that is off or a token that just ended gets better by itself.
@@ -80,7 +111,8 @@ impl From<object_store::Error> for Failure {
             {
                 Self::Refused(text)
             }
-            // A 404 that comes here is not about the object: whoever gives credentials may answer so.
+            // A 404 that comes here is not about the object: whoever gives credentials may answer so, or stand before
+            // the store.
             _ => match status(&text) {
                 Some(404 | 408 | 425 | 429) | None => Self::Again(text),
                 Some(400..=499) => Self::Refused(text),
@@ -160,3 +192,36 @@ const PAUSES: [Duration; 4] = [
     Duration::from_secs(2),
 ];
 const SHOWN: usize = 300;
+/// The codes with which a store says that what was asked for does not exist.
+const MISSING: [&str; 2] = ["NoSuchKey", "NoSuchUpload"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn not_found(body: &str) -> Failure {
+        Failure::from(object_store::Error::NotFound {
+            path: "o/00/00/x".to_owned(),
+            source: format!("Server returned non-2xx status code: 404 Not Found: {body}").into(),
+        })
+    }
+
+    #[test]
+    fn only_the_store_itself_can_say_that_something_is_gone() {
+        for code in ["NoSuchKey", "NoSuchUpload"] {
+            let said = not_found(&format!("<Error><Code>{code}</Code></Error>"));
+            assert!(matches!(said, Failure::Missing(_)), "{said:?}");
+            assert!(matches!(said.never_missing(), Failure::Again(_)));
+        }
+        for body in [
+            "",
+            "<html><h1>404</h1>NoSuchKey</html>",
+            "<Error><Code>NoSuchBucket</Code></Error>",
+            "<Error><Code>Broken</Code></Error>",
+        ] {
+            let said = not_found(body);
+            assert!(matches!(said, Failure::Again(_)), "{said:?}");
+            assert!(said.is_404());
+        }
+    }
+}
