@@ -263,6 +263,9 @@ pub(crate) async fn serve(call: &mut Call) -> Result<Response<Body>, Refusal> {
 /// Cuts a grant down to what the caller may do; `None` when nothing is left.
 fn allowed(auth: &Auth, caller: &Caller, mut grant: Grant) -> Option<Grant> {
     match grant.kind.as_str() {
+        "registry" if grant.name == "admin" => {
+            (auth.decide_operator(caller) == Decision::Allowed).then_some(grant)
+        }
         "registry" => {
             // What it lists is filtered by rights, so whoever may read something gets it.
             let known = REGISTRY_SCOPES.contains(&grant.name.as_str());
