@@ -57,9 +57,22 @@ struct Count {
     passed: u64,
     failed: u64,
     not_run: Vec<String>,
+    /// Tests that failed among the others and passed alone: each is a fault of the test or a race, to be mended.
+    unsteady: Vec<String>,
     took: Duration,
     /// The outcome of each test by name.
     tests: BTreeMap<String, Outcome>,
+}
+
+impl Count {
+    /// The names of what failed.
+    fn failures(&self) -> Vec<String> {
+        let failed = self
+            .tests
+            .iter()
+            .filter(|(_, outcome)| **outcome == Outcome::Failed);
+        failed.map(|(test, _)| test.clone()).collect()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -329,7 +342,6 @@ fn tests(name: &'static str, command: &mut Command) -> anyhow::Result<Count> {
         // It did not compile, or a test program died.
         count.failed = 1;
     }
-    count.took = start.elapsed();
     Ok(count)
 }
 
@@ -436,12 +448,11 @@ fn summary(counts: &[Count]) -> bool {
             count.failed,
             count.took.as_secs()
         );
-        for (test, _) in count
-            .tests
-            .iter()
-            .filter(|(_, outcome)| **outcome == Outcome::Failed)
-        {
+        for test in count.failures() {
             println!("  failed: {test}");
+        }
+        for test in &count.unsteady {
+            println!("  UNSTEADY (failed among the others, passed alone; to be mended): {test}");
         }
     }
     for line in counts.iter().flat_map(|count| &count.not_run) {
@@ -504,6 +515,30 @@ mod tests {
         for filter in ["", "clients::crane", "collection::", "../it/tag"] {
             assert!(!is_wire_level(filter), "{filter}");
         }
+    }
+
+    #[test]
+    fn a_second_try_runs_the_failed_tests_and_nothing_else() {
+        let mut cargo = Command::new("cargo");
+        cargo.args(["test", "--package", "e2e", "--", "filter", "--skip", "x"]);
+        cargo.env("A", "1").env_remove("B").current_dir("/");
+        let again = alone(&cargo, &["one::two".to_owned()]);
+        let arguments: Vec<_> = again.get_args().collect();
+        assert_eq!(
+            arguments,
+            [
+                "test",
+                "--package",
+                "e2e",
+                "--",
+                "--exact",
+                "--test-threads",
+                "1",
+                "one::two"
+            ]
+        );
+        assert_eq!(again.get_envs().count(), 2);
+        assert_eq!(again.get_current_dir(), Some(Path::new("/")));
     }
 
     #[test]
