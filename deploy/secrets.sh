@@ -14,6 +14,15 @@ secret() {
     fi
 }
 
+# Passwords are kept as bcrypt. Without the program, its image does the same.
+hash() {
+    if command -v htpasswd > /dev/null; then
+        htpasswd -inB "$1"
+    else
+        docker run --rm --interactive docker.io/library/httpd:2.4-alpine htpasswd -inB "$1"
+    fi
+}
+
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 
 secret database_password "$(random)"
@@ -26,7 +35,8 @@ aws_secret_access_key = $(cat secrets/s3_password)
 "
 if [ ! -e secrets/htpasswd ]; then
     password="$(random)"
-    printf '%s' "$password" | htpasswd -i -B -c secrets/htpasswd admin
-    chmod 644 secrets/htpasswd
+    hashed="$(printf '%s' "$password" | hash admin)"
+    secret htpasswd "$hashed
+"
     echo "user admin, password $password"
 fi

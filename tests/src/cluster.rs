@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::objects::Kind;
+use crate::objects::{self, Kind};
 use crate::postgres::{Postgres, create_database};
 use crate::server::Options;
 use crate::{ObjectStore, Server};
@@ -52,6 +52,21 @@ impl Storage {
             "storage:\n  database: {}\n  objects: {}\n  s3: {{endpoint: \"{}\", region: us-east-1, path_style: true}}\n",
             self.database, self.objects, self.endpoint
         )
+    }
+
+    /// The objects of blobs in it, with their sizes: all but the exports, which a lost database is made again from.
+    ///
+    /// # Panics
+    /// When the object store refuses.
+    pub fn blobs(&self) -> Vec<(String, u64)> {
+        let mut objects = objects::list(&self.endpoint, BUCKET, &self.prefix());
+        objects.retain(is_blob);
+        objects
+    }
+
+    /// What the keys of all its objects begin with.
+    fn prefix(&self) -> String {
+        format!("{}/", self.objects.rsplit('/').next().unwrap_or_default())
     }
 
     /// The storage of the suites that run on both modes: what [`CLUSTER`] names, with a database and a prefix that
@@ -136,19 +151,21 @@ impl Cluster {
 
     /// All objects of a storage, with their sizes.
     pub fn objects_of(&self, storage: &Storage) -> Vec<(String, u64)> {
-        let prefix = storage.objects.rsplit('/').next().unwrap_or_default();
-        self.objects.list(BUCKET, &format!("{prefix}/"))
+        self.objects.list(BUCKET, &storage.prefix())
     }
 
-    /// The objects of blobs: those of [`Self::objects_of`] without the exports, which a lost database is made again from.
+    /// The objects of blobs: those of [`Self::objects_of`] without the exports.
     pub fn blobs_of(&self, storage: &Storage) -> Vec<(String, u64)> {
         let mut objects = self.objects_of(storage);
-        objects.retain(|(key, _)| {
-            let name = key.rsplit('/').next().unwrap_or_default();
-            name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
-        });
+        objects.retain(is_blob);
         objects
     }
+}
+
+/// Whether an object has the key of a blob.
+fn is_blob((key, _): &(String, u64)) -> bool {
+    let name = key.rsplit('/').next().unwrap_or_default();
+    name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Starts servers with the same options. The first makes the tables; the others start beside one another.

@@ -142,6 +142,14 @@ impl Postgres {
         )
     }
 
+    /// The id of its first process, whose children are all others.
+    ///
+    /// # Panics
+    /// When it does not run any more.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the server runs").id()
+    }
+
     /// Its port.
     pub fn port(&self) -> u16 {
         self.port
@@ -265,11 +273,11 @@ pub(crate) fn psql(port: u16, database: &str, statement: &str) -> Run {
         .dir("/")
 }
 
-/// The directory of the newest PostgreSQL of this machine.
+/// The directory of the programs of the newest PostgreSQL of this machine.
 ///
 /// # Panics
 /// When there is none.
-fn programs() -> PathBuf {
+pub fn programs() -> PathBuf {
     let mut found: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()

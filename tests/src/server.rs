@@ -82,10 +82,12 @@ impl Options {
     pub fn start(&self) -> Result<Server, String> {
         let scratch = Scratch::new();
         let data = self.data.clone().unwrap_or_else(|| scratch.join("data"));
-        let (child, url) = self.launch(&scratch, &data)?;
+        let storage = self.place(&data);
+        let (child, url) = self.launch(&scratch, &data, storage.as_ref())?;
         let log = scratch.join("server.log");
         Ok(Server {
             url,
+            storage,
             child: Some(child),
             options: self.clone(),
             data,
@@ -94,7 +96,20 @@ impl Options {
         })
     }
 
-    fn launch(&self, scratch: &Scratch, data: &Path) -> Result<(Child, String), String> {
+    /// Where its server keeps what it has, when that is no data directory.
+    fn place(&self, data: &Path) -> Option<Storage> {
+        match &self.storage {
+            Some(storage) => Some(storage.clone()),
+            None => Storage::of_this_run(data),
+        }
+    }
+
+    fn launch(
+        &self,
+        scratch: &Scratch,
+        data: &Path,
+        storage: Option<&Storage>,
+    ) -> Result<(Child, String), String> {
         let ready = scratch.join("ready");
         drop(std::fs::remove_file(&ready));
         let mut words: Vec<String> = self.wrapper.clone();
@@ -114,11 +129,7 @@ impl Options {
         for (key, value) in &self.env {
             run = run.env(key, value);
         }
-        let storage = match &self.storage {
-            Some(storage) => Some(storage.clone()),
-            None => Storage::of_this_run(data),
-        };
-        for (key, value) in storage.iter().flat_map(Storage::environment) {
+        for (key, value) in storage.into_iter().flat_map(Storage::environment) {
             run = run.env(key, value);
         }
         let mut child = run.spawn(&scratch.join("server.log"));
@@ -147,6 +158,7 @@ pub struct Server {
     child: Option<Child>,
     options: Options,
     data: PathBuf,
+    storage: Option<Storage>,
     log: PathBuf,
     scratch: Scratch,
 }
@@ -194,6 +206,11 @@ impl Server {
     /// Its data directory.
     pub fn data(&self) -> &Path {
         &self.data
+    }
+
+    /// Where it keeps what it has, when that is not its data directory.
+    pub fn storage(&self) -> Option<&Storage> {
+        self.storage.as_ref()
     }
 
     /// A directory that goes with it.
@@ -278,9 +295,10 @@ impl Server {
     pub fn restart(&mut self) {
         self.kill();
         self.options.port = self.port();
+        self.storage = self.options.place(&self.data);
         let (child, url) = self
             .options
-            .launch(&self.scratch, &self.data)
+            .launch(&self.scratch, &self.data, self.storage.as_ref())
             .unwrap_or_else(|error| panic!("{error}"));
         self.child = Some(child);
         self.url = url;

@@ -10,11 +10,13 @@
 //! What it does not do: start other registries. They are given with `--peer NAME=URL,PID`, run with open access over
 //! plain HTTP, and keep what is pushed to them.
 
+mod collection;
 mod content;
 mod contestant;
 mod growth;
 mod load;
 mod process;
+mod replicas;
 mod report;
 mod sink;
 mod wire;
@@ -60,6 +62,9 @@ pub(crate) struct Arguments {
     /// Tags in the repository whose pages are asked for, and that is pushed to.
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
     tags: u64,
+    /// Blobs that wait for the collector while pulls are measured beside it.
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1000..=10_000_000))]
+    garbage: u64,
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
@@ -91,6 +96,8 @@ pub(crate) enum Task {
     PushAtTags,
     /// Collection, what it costs, and what pulls notice of it.
     Collection,
+    /// Three replicas over PostgreSQL and S3 beside one.
+    Replicas,
 }
 
 /// Pushers at the same time.
@@ -304,7 +311,7 @@ impl<'a> Bench<'a> {
             Task::Push => load::push(base, &body)?,
             Task::Images => load::push_images(base, 1, time)?,
             Task::ImagesParallel => load::push_images(base, PUSHERS, time)?,
-            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection => {
+            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection | Task::Replicas => {
                 anyhow::bail!("`{}` is measured by itself", task.name())
             }
             Task::Events => {
@@ -344,7 +351,7 @@ impl Task {
     fn grows(self) -> bool {
         matches!(
             self,
-            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection
+            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection | Self::Replicas
         )
     }
 
@@ -368,6 +375,7 @@ impl Task {
             Self::TagPage => "tag-page",
             Self::PushAtTags => "push-at-tags",
             Self::Collection => "collection",
+            Self::Replicas => "replicas",
         }
     }
 }

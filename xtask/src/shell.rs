@@ -107,20 +107,41 @@ pub(crate) fn build(release: bool, features: &[&str]) -> anyhow::Result<PathBuf>
     println!("building the program with test switches");
     succeed(&mut build_command(release, features))?;
     let switched = target().join("switched");
-    std::fs::create_dir_all(&switched)?;
     let place = switched.join(if release {
         "longshore-release"
     } else {
         "longshore"
     });
-    // One that runs cannot be written over; it can be replaced.
-    let new = switched.join(format!("new-{}", std::process::id()));
-    std::fs::copy(&plain, &new)?;
-    std::fs::rename(&new, &place)?;
+    set_aside(&plain, &place)?;
     // Back to what everybody expects to find there; nothing is compiled again.
-    std::fs::remove_file(&plain)?;
     succeed(&mut build_command(release, &[]))?;
     Ok(place)
+}
+
+/// Builds the program of another work tree of this repository, and puts it at a place.
+///
+/// Dependencies that both trees have in the same form are compiled once: the target directory is the same.
+pub(crate) fn build_elsewhere(tree: &Path, place: &Path) -> anyhow::Result<()> {
+    println!("building the program of {}", tree.display());
+    let mut cargo = build_command(false, &[]);
+    cargo
+        .current_dir(tree)
+        .env("CARGO_TARGET_DIR", target())
+        .arg("--locked");
+    succeed(&mut cargo)?;
+    set_aside(&target().join("debug/longshore"), place)
+}
+
+/// Moves a program that was built from where the next build puts its own.
+fn set_aside(plain: &Path, place: &Path) -> anyhow::Result<()> {
+    let dir = place.parent().context("a program is in a directory")?;
+    std::fs::create_dir_all(dir)?;
+    // One that runs cannot be written over; it can be replaced.
+    let new = dir.join(format!("new-{}", std::process::id()));
+    std::fs::copy(plain, &new)?;
+    std::fs::rename(&new, place)?;
+    std::fs::remove_file(plain)?;
+    Ok(())
 }
 
 fn build_command(release: bool, features: &[&str]) -> Command {

@@ -441,6 +441,8 @@ impl Size {
 /// Waits until storage is as large as it must be; how long that took.
 fn settle(world: &World, site: &Site, wanted: &Size, lease: Duration) -> anyhow::Result<Duration> {
     let start = Instant::now();
+    let mut least = u64::MAX;
+    let mut progress = start;
     loop {
         let mut stored = Size::stored(world, site)?;
         // What this mode cannot count is not judged.
@@ -449,7 +451,12 @@ fn settle(world: &World, site: &Site, wanted: &Size, lease: Duration) -> anyhow:
         if stored == *wanted {
             return Ok(start.elapsed());
         }
-        if start.elapsed() > lease * 10 + Duration::from_secs(30) {
+        // A long soak leaves much behind: as long as it becomes less, the collector is at work.
+        let left = stored.manifests + stored.blobs + stored.objects;
+        if left < least {
+            (least, progress) = (left, Instant::now());
+        }
+        if progress.elapsed() > lease * 10 + Duration::from_secs(30) {
             bail!("{wanted} are referenced, {stored} are stored");
         }
         std::thread::sleep(Duration::from_millis(500));

@@ -7,25 +7,47 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use e2e::Cluster;
 
 use crate::{Part, engine, mode, provision, shell};
 
 /// The store's tests that start PostgreSQL servers and S3 stores.
 const SERVERS: &[&str] = &["contract::", "object_store", "transfer::", "reindex::"];
 
-/// What of the suites for both run modes is about files, and so about embedded mode alone.
-const FILES: &[&str] = &[
-    "backup::",
-    "collection::",
-    "disk::",
-    "demo::",
-    "a_data_directory_in_use_newer_or_foreign_is_left_alone",
-    "a_damaged_blob_is_found_told_and_healed_by_a_push",
-    "verify_store_looks_at_a_configuration_and_tells_what_is_not_there",
-    // A replica that was killed holds its claim for half a minute; the suite of the cluster waits for that.
-    "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
-    // The measure is that of one process with its database in it.
-    "long_annotations_and_types_do_not_fill_the_memory_of_listings",
+/// The directory of the package with the wire-level suite.
+const WIRE: &str = "crates/registry";
+
+/// What of the end-to-end suites for both run modes does not run in cluster mode, and why.
+const EMBEDDED: &[(&str, &str)] = &[
+    (
+        "backup::",
+        "it is the backup of a data directory; a cluster is backed up with the tools of its two servers",
+    ),
+    (
+        "disk::",
+        "the disk is that of a data directory; the servers of a cluster have their own",
+    ),
+    ("demo::", "the demonstration is embedded mode"),
+    (
+        "a_data_directory_in_use_newer_or_foreign_is_left_alone",
+        "a cluster has no data directory",
+    ),
+    (
+        "a_damaged_blob_is_found_told_and_healed_by_a_push",
+        "it changes a file; `objects::` of the suite `cluster` has wrong bytes found and healed",
+    ),
+    (
+        "verify_store_looks_at_a_configuration_and_tells_what_is_not_there",
+        "it removes files; the other tests here run `verify-store --config` on the cluster",
+    ),
+    (
+        "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
+        "a replica that was killed holds its claim for half a minute; `replica::` of the suite `cluster` waits for that",
+    ),
+    (
+        "long_annotations_and_types_do_not_fill_the_memory_of_listings",
+        "its measure is that of one process with its database in it",
+    ),
 ];
 
 /// What one part of the tests came to.
@@ -115,6 +137,18 @@ fn end_to_end(
         counts.push(tests("databases and object stores", &mut cargo)?);
     }
 
+    // One PostgreSQL and one S3 store for all that runs on both modes.
+    let on_wire = filter.is_none_or(is_wire_level);
+    let on_both = filter.is_none_or(|filter| !filter.contains("cluster"));
+    let cluster = if on_wire || on_both {
+        Some(mode::cluster(e2e::Postgres::start, mode::Store::Minio)?)
+    } else {
+        None
+    };
+    if let Some(cluster) = cluster.as_ref().filter(|_| on_wire) {
+        counts.push(wire_level(filter, cluster)?);
+    }
+
     let engine = engine::engine()?;
     if filter.is_none() {
         // The Compose engine alone, against the same real engine.
@@ -144,7 +178,7 @@ fn end_to_end(
         counts.push(tests("compose engine", &mut cargo)?);
     }
 
-    let end_to_end = |only: &[&str], skip: &[&str]| {
+    let end_to_end = |only: &[&str], skip: &[(&str, &str)]| {
         let mut cargo = shell::cargo();
         cargo
             .args(["test", "--package", "e2e", "--no-fail-fast"])
@@ -152,7 +186,8 @@ fn end_to_end(
             .arg("--")
             .args(filter);
         cargo.args(["--test-threads", "4"]);
-        for name in tools.not_run.iter().map(|(name, _)| name).chain(skip) {
+        let missing = tools.not_run.iter().map(|(name, _)| name);
+        for name in missing.chain(skip.iter().map(|(name, _)| name)) {
             cargo.args(["--skip", name]);
         }
         cargo
@@ -165,12 +200,18 @@ fn end_to_end(
         }
         cargo
     };
-    if filter.is_none_or(|filter| !filter.contains("cluster")) {
-        // The wire-level suite and the clients once more, on the other run mode.
-        let cluster = mode::cluster(e2e::Postgres::start, mode::Store::Minio)?;
-        let mut cargo = end_to_end(&["--test", "store", "--test", "it"], FILES);
+    if let Some(cluster) = cluster.filter(|_| on_both) {
+        // The clients, and the store under attack, once more on the other run mode.
+        let mut cargo = end_to_end(&["--test", "store", "--test", "it"], EMBEDDED);
         cargo.env(e2e::cluster::CLUSTER, cluster.name());
-        counts.push(tests("end to end, cluster mode", &mut cargo)?);
+        let mut count = tests("end to end, cluster mode", &mut cargo)?;
+        let named = EMBEDDED
+            .iter()
+            .filter(|(name, _)| filter.is_none_or(|filter| about(name, filter)));
+        count.not_run.extend(
+            named.map(|(name, why)| format!("in cluster mode, tests named `{name}`: {why}")),
+        );
+        counts.push(count);
     }
     let mut cargo = end_to_end(&[], &[]);
     let mut count = tests("end to end", &mut cargo)?;
@@ -182,6 +223,60 @@ fn end_to_end(
     table(&count, &tools.not_run);
     counts.push(count);
     Ok(())
+}
+
+/// Whether a filter means tests of the wire-level suite, one module of which is one file.
+fn is_wire_level(filter: &str) -> bool {
+    let module = filter.split("::").next().unwrap_or(filter);
+    let file = format!("{WIRE}/tests/it/{module}.rs");
+    module
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '_')
+        && shell::root().join(file).is_file()
+}
+
+/// Whether a filter and a name of tests to skip may mean the same tests.
+fn about(name: &str, filter: &str) -> bool {
+    name.contains(filter) || filter.contains(name)
+}
+
+/// The wire-level suite once more, on PostgreSQL and S3.
+fn wire_level(filter: Option<&str>, cluster: &Cluster) -> anyhow::Result<Count> {
+    let keys = e2e::ObjectStore::keys();
+    let objects = format!(
+        "http://{}:{}@{}/{}",
+        keys.id,
+        keys.secret,
+        cluster.objects.host(),
+        e2e::cluster::BUCKET
+    );
+    // The program itself, for `cargo test` of this package alone would compile it anew with fewer features.
+    let mut suite = shell::command(wire_level_program()?);
+    suite
+        .current_dir(shell::root().join(WIRE))
+        .args(filter)
+        .args(["--test-threads", "4"])
+        .env(
+            "LONGSHORE_TEST_POSTGRES",
+            cluster.postgres.url("").trim_end_matches('/'),
+        )
+        .env("LONGSHORE_TEST_S3", objects)
+        .env("PATH", with_path(&[&e2e::postgres::programs()]));
+    tests("wire level, cluster mode", &mut suite)
+}
+
+/// Builds the test program of the wire-level suite as the unit tests do, and gives back where it is.
+fn wire_level_program() -> anyhow::Result<PathBuf> {
+    let mut cargo = workspace();
+    cargo.args(["--test", "it", "--no-run", "--quiet"]);
+    cargo.arg("--message-format=json-render-diagnostics");
+    let source = shell::root().join(WIRE).join("tests/it/main.rs");
+    let said = shell::read(&mut cargo)?;
+    said.lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message["target"]["src_path"].as_str().map(Path::new) == Some(&source))
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo names no test program of the wire-level suite")
 }
 
 /// All tests but the end-to-end ones, in one build with the store's failpoints, which its crash tests need.
@@ -209,18 +304,18 @@ fn with_path(first: &[&Path]) -> std::ffi::OsString {
     std::env::join_paths(all).unwrap_or(path.clone())
 }
 
-/// Runs a `cargo test`, shows its output as it comes, and counts.
-fn tests(name: &'static str, cargo: &mut Command) -> anyhow::Result<Count> {
+/// Runs a `cargo test` or one test program, shows its output as it comes, and counts.
+fn tests(name: &'static str, command: &mut Command) -> anyhow::Result<Count> {
     println!("\n== {name} ==");
     let start = Instant::now();
     let mut count = Count {
         name,
         ..Count::default()
     };
-    let mut child = cargo
+    let mut child = command
         .stdout(Stdio::piped())
         .spawn()
-        .context("cannot start cargo")?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     let output = child.stdout.take().context("the output is a pipe")?;
     let mut summed = (0, 0);
     for line in BufReader::new(output).split(b'\n') {
@@ -381,6 +476,34 @@ mod tests {
             Some(&Outcome::Failed)
         );
         assert_eq!(count.not_run, ["2 tests marked as ignored"]);
+    }
+
+    #[test]
+    fn what_is_left_out_in_cluster_mode_is_there() {
+        for (name, why) in EMBEDDED {
+            let found = ["store", "it"].iter().any(|suite| {
+                let suite = shell::root().join("tests/tests").join(suite);
+                match name.strip_suffix("::") {
+                    Some(module) => suite.join(format!("{module}.rs")).is_file(),
+                    None => std::fs::read_dir(suite).unwrap().flatten().any(|file| {
+                        std::fs::read_to_string(file.path())
+                            .is_ok_and(|text| text.contains(&format!("fn {name}(")))
+                    }),
+                }
+            });
+            assert!(found, "no test is named `{name}`");
+            assert!(!why.is_empty());
+        }
+    }
+
+    #[test]
+    fn filters_of_the_wire_level_suite_are_known() {
+        for filter in ["upload", "upload::", "tag::pages_follow_links"] {
+            assert!(is_wire_level(filter), "{filter}");
+        }
+        for filter in ["", "clients::crane", "collection::", "../it/tag"] {
+            assert!(!is_wire_level(filter), "{filter}");
+        }
     }
 
     #[test]

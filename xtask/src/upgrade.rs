@@ -72,32 +72,31 @@ fn build_previous(commit: Option<&str>) -> anyhow::Result<PathBuf> {
     };
     let commit = git(&["rev-parse", "--verify", &format!("{commit}^{{commit}}")])?;
     let short = commit.get(..12).unwrap_or(&commit);
-    let place = shell::target().join("upgrade");
-    let tree = place.join(short);
     println!("the previous program is that of {short}");
-    // What an earlier run left behind is taken as it is: a commit never changes.
-    if !tree.join("Cargo.toml").is_file() {
-        std::fs::create_dir_all(&place)?;
-        shell::succeed(
-            shell::command("git")
-                .args(["worktree", "add", "--force", "--detach"])
-                .arg(&tree)
-                .arg(&commit),
-        )?;
+    let place = shell::target().join("upgrade");
+    let program = place.join(format!("longshore-{short}"));
+    // A commit never changes, so neither does its program.
+    if program.is_file() {
+        return Ok(program);
     }
-    let built = shell::succeed(
-        shell::cargo()
-            .current_dir(&tree)
-            .env("CARGO_TARGET_DIR", place.join("target"))
-            .args(["build", "--locked", "--package", "longshore"]),
-    );
+    std::fs::create_dir_all(&place)?;
+    let tree = place.join(short);
+    // What a run that was broken off left behind.
+    drop(std::fs::remove_dir_all(&tree));
+    shell::succeed(
+        shell::command("git")
+            .args(["worktree", "add", "--force", "--detach"])
+            .arg(&tree)
+            .arg(&commit),
+    )?;
+    let built = shell::build_elsewhere(&tree, &program);
     let removed = shell::succeed(
         shell::command("git")
             .args(["worktree", "remove", "--force"])
             .arg(&tree),
     );
     built.and(removed)?;
-    Ok(place.join("target/debug/longshore"))
+    Ok(program)
 }
 
 fn git(words: &[&str]) -> anyhow::Result<String> {

@@ -191,6 +191,7 @@ struct Storage {
     s3: S3,
     redirect: redirect::Redirect,
     allow_sparse: bool,
+    exports: Option<bool>,
     lease: Option<String>,
     upload_expiry: Option<String>,
     floor: Option<Size>,
@@ -313,6 +314,7 @@ impl Raw {
         };
         let mut options = store::Options {
             allow_sparse: self.storage.allow_sparse,
+            exports: self.storage.exports.unwrap_or(true),
             ..store::Options::default()
         };
         let periods = [

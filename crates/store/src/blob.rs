@@ -162,6 +162,17 @@ pub(crate) enum Content {
     Object(StorageKey),
 }
 
+/// How long a commit keeps what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keep {
+    /// The blob, before a manifest names it.
+    pub(crate) lease: Duration,
+    /// The object that a healed blob had before.
+    pub(crate) replaced: Duration,
+    /// An object that is not needed, and may still be written.
+    pub(crate) unused: Duration,
+}
+
 /// Makes a blob visible (`I1`): its bytes are durable and its digest is verified when this is called. Blob row,
 /// lease and queue row are one transaction (`I2`). When the same content is there already, ours goes out
 /// through the outbox; when that is known to be damaged, ours takes its place.
@@ -171,7 +182,7 @@ pub(crate) async fn commit(
     digest: &Digest,
     size: u64,
     content: &Content,
-    lease: Duration,
+    keep: Keep,
     actor: &Actor,
 ) -> Result<(), Error> {
     let (now, fresh) = (tx.now(), tx.id());
@@ -195,19 +206,19 @@ pub(crate) async fn commit(
         .ok_or_else(|| Error::Database("a blob vanished".to_owned()))?;
     let id = row.i64(0)?;
     if id != fresh {
-        let unused = if row.text(2)? == "ok" {
-            key.map(str::to_owned)
-        } else {
+        if row.text(2)? != "ok" {
             tx.execute(&HEAL, &[id.into(), body.into(), key.into(), now.into()])
                 .await?;
-            row.opt_text(1)?
-        };
-        if let Some(key) = unused {
-            collect::discard(tx, &key, now).await?;
+            if let Some(replaced) = row.opt_text(1)? {
+                // The blob's own, and maybe sound: reads of it, and an older copy of the database, may want it.
+                collect::discard_blob(tx, &replaced, size, now.plus(keep.replaced)).await?;
+            }
+        } else if let Some(unused) = key {
+            collect::discard(tx, unused, now.plus(keep.unused)).await?;
         }
     }
     failpoint("commit.after_blob_row");
-    lease::grant(tx, place, digest, id, size, lease, &actor.principal).await?;
+    lease::grant(tx, place, digest, id, size, keep.lease, &actor.principal).await?;
     failpoint("commit.after_lease");
     Ok(())
 }

@@ -10,6 +10,9 @@
 //! what it tells, not more. Where several replicas run, one of them writes: the row `export` of table `meta` says which,
 //! until when, and up to which event. Names of parts carry a random end, so that a replica that was thought dead
 //! overwrites nothing.
+//!
+//! Where exports are switched off, those that are there are taken away: old ones would bring back tags and content that
+//! were deleted since. Replicas that disagree take turns; the last word is that of whoever runs last.
 
 pub(crate) mod record;
 pub(crate) mod shelf;
@@ -66,10 +69,13 @@ struct State {
     /// Bytes of what the set began with, and of what came after.
     first: u64,
     later: u64,
+    /// They are switched off, and nothing of them is left.
+    off: bool,
 }
 
 impl Store {
-    /// Writes what changed since the last time to the exports, or everything when there are none.
+    /// Writes what changed since the last time to the exports, or everything when there are none. Where they are
+    /// switched off, takes away what is there.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Full`], [`Error::Database`]; the next time tries again.
@@ -81,6 +87,11 @@ impl Store {
 
 /// Exports once a minute until the future is dropped.
 pub(crate) async fn work(inner: &Arc<Inner>) {
+    if !inner.options.exports {
+        tracing::info!(
+            "exports are off: tags and manifests of a lost database cannot be found again"
+        );
+    }
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // A failure that lasts is told once.
@@ -114,6 +125,9 @@ async fn run(inner: &Arc<Inner>) -> Result<(), Error> {
     let Some(state) = db.write(Take(holder.clone())).await? else {
         return Ok(());
     };
+    if !inner.options.exports {
+        return withdraw(inner, holder).await;
+    }
     let mut writer = Writer {
         inner,
         state,
@@ -131,12 +145,28 @@ async fn run(inner: &Arc<Inner>) -> Result<(), Error> {
     done
 }
 
-/// Whether there is anything to export; one or two point queries.
+/// Takes all exports away. The claim of `holder` keeps other replicas from writing meanwhile.
+async fn withdraw(inner: &Inner, holder: String) -> Result<(), Error> {
+    for name in inner.exports.list().await? {
+        inner.exports.remove(&name).await?;
+    }
+    let state = State {
+        holder: holder.clone(),
+        off: true,
+        ..State::default()
+    };
+    inner.db.write(Set(holder, state)).await.map(drop)
+}
+
+/// Whether there is anything to do; one or two point queries.
 async fn changed(inner: &Inner) -> Result<bool, Error> {
     let state = match inner.db.read(&STATE, &[]).await?.first() {
         Some(row) => parse(&row.text(0)?),
         None => return Ok(true),
     };
+    if !inner.options.exports {
+        return Ok(!state.off && state.until <= inner.clock.now().0);
+    }
     let newest = event::bounds(&inner.db).await?.newest;
     let now = inner.clock.now();
     let free = state.until <= now.0;

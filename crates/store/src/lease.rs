@@ -30,7 +30,7 @@ statements! {
     RENEW_BLOB = "UPDATE repository_blob SET lease_until = \
                       CASE WHEN lease_until < $3 THEN $3 ELSE lease_until END \
                   WHERE repository_id = $1 \
-                    AND blob_id = (SELECT b.id FROM blob b WHERE b.digest = $2 AND b.state = 'ok') \
+                    AND blob_id = (SELECT b.id FROM blob b WHERE b.digest = $2 AND b.state IN ('ok', $4)) \
                   RETURNING blob_id";
     RENEW_MANIFEST = "UPDATE manifest SET lease_until = \
                           CASE WHEN lease_until < $3 THEN $3 ELSE lease_until END \
@@ -153,7 +153,7 @@ pub(crate) async fn after_edge_to_blob(
     digest: &Digest,
     lease: Duration,
 ) -> Result<(), Error> {
-    renew_blob(tx, repository, digest, renewal(lease))
+    renew_blob(tx, repository, digest, renewal(lease), Damaged::Too)
         .await
         .map(drop)
 }
@@ -180,18 +180,37 @@ fn renewal(lease: Duration) -> Duration {
     lease
 }
 
+/// Whether a blob that was found damaged counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Damaged {
+    /// Nobody is told that it is there (`I20`).
+    NotThere,
+    /// It is collected, too.
+    Too,
+}
+
 /// Renews the lease of a blob; `false` when the repository does not hold it.
 pub(crate) async fn renew_blob(
     tx: &mut Tx,
     repository: i64,
     digest: &Digest,
     lease: Duration,
+    damaged: Damaged,
 ) -> Result<bool, Error> {
     let until = tx.now().plus(lease);
     let renewed = tx
         .query_opt(
             &RENEW_BLOB,
-            &[repository.into(), digest.into(), until.into()],
+            &[
+                repository.into(),
+                digest.into(),
+                until.into(),
+                match damaged {
+                    Damaged::NotThere => "ok",
+                    Damaged::Too => "suspect",
+                }
+                .into(),
+            ],
         )
         .await?;
     let Some(row) = renewed else {
@@ -245,7 +264,16 @@ impl Body for Renew {
             return Ok(false);
         };
         match self.kind {
-            Renewed::Blob => renew_blob(tx, place.repository, &self.digest, self.lease).await,
+            Renewed::Blob => {
+                renew_blob(
+                    tx,
+                    place.repository,
+                    &self.digest,
+                    self.lease,
+                    Damaged::NotThere,
+                )
+                .await
+            }
             Renewed::Manifest => {
                 renew_manifest(tx, place.repository, &self.digest, self.lease).await
             }

@@ -24,6 +24,9 @@ pub struct Options {
     pub inline_limit: u64,
     /// Accept manifests and indexes whose references are missing (`storage.allow_sparse`).
     pub allow_sparse: bool,
+    /// Write manifests, small blobs and tags beside the objects, so that a lost database can be made anew
+    /// (`storage.exports`, on). Off: exports that are there are removed, because they would grow old.
+    pub exports: bool,
     /// The collector.
     pub gc: GcOptions,
     /// Users cannot write while the data directory has fewer free bytes (the smaller of 128 MiB and 1 % of its
@@ -53,6 +56,7 @@ impl Default for Options {
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,
+            exports: true,
             gc: GcOptions::default(),
             floor: None,
             scrub_rate: 8 << 20,

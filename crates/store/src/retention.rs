@@ -8,7 +8,9 @@
 //! Tags are read in pages, and of those that are counted no more is held than a rule asks for, so memory does not
 //! grow with the repository.
 
+mod plan;
 mod policy;
+mod remove;
 pub(crate) mod undo;
 
 use std::time::Duration;
@@ -18,17 +20,16 @@ use oci::{Digest, RepositoryName, Tag};
 use crate::clock::Timestamp;
 use crate::collect::Window;
 use crate::error::Error;
-use crate::event;
 use crate::model::Actor;
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
-use crate::tag::{self, Change};
 use crate::{audit, repository};
 
 pub use policy::{Keep, Pattern, Policy, Verdict};
 pub use undo::Undone;
 
-use policy::{Facts, Ranking};
+use plan::Walk;
+use remove::{Planned, Remove};
 
 statements! {
     REPOSITORIES = "SELECT id, name FROM repository WHERE name > $1 AND deleted_at IS NULL ORDER BY name LIMIT 100";
@@ -462,119 +463,6 @@ impl Inner {
     }
 }
 
-/// One walk over the tags of a repository.
-struct Walk<'a> {
-    inner: &'a Inner,
-    repository: i64,
-    policy: &'a Policy,
-    now: Timestamp,
-}
-
-/// A tag with what is judged of it.
-struct Found {
-    facts: Facts,
-    digest: Digest,
-    generation: i64,
-}
-
-impl Walk<'_> {
-    /// Shows every tag to the rules that count.
-    async fn ranking(&self) -> Result<Ranking, Error> {
-        let mut ranking = Ranking::new(self.policy);
-        if !Ranking::is_needed(self.policy) {
-            return Ok(ranking);
-        }
-        let mut last = String::new();
-        loop {
-            let page = self.page(&last).await?;
-            let Some(end) = page.last() else {
-                return Ok(ranking);
-            };
-            end.facts.tag.as_str().clone_into(&mut last);
-            for found in page.iter().filter(|found| found.counts()) {
-                ranking.add(self.policy, &found.facts, self.now);
-            }
-        }
-    }
-
-    /// Writes the plan of this repository.
-    async fn plan(&self, run: i64, number: usize, name: &RepositoryName) -> Result<(), Error> {
-        let ranking = self.ranking().await?;
-        let mut last = String::new();
-        loop {
-            let page = self.page(&last).await?;
-            let Some(end) = page.last() else {
-                return Ok(());
-            };
-            end.facts.tag.as_str().clone_into(&mut last);
-            let mut decisions = Vec::with_capacity(page.len());
-            for found in page.into_iter().filter(Found::counts) {
-                // What moved since the tags were counted was not counted as what it is now.
-                let verdict = if found.facts.pushed >= self.now {
-                    Verdict {
-                        keeps: true,
-                        reason: "it moved during the run".to_owned(),
-                    }
-                } else {
-                    self.policy.judge(number, &ranking, &found.facts, self.now)
-                };
-                decisions.push((found, verdict));
-            }
-            if !decisions.is_empty() {
-                self.inner
-                    .db
-                    .write(Decide {
-                        run,
-                        repository: name.clone(),
-                        decisions,
-                    })
-                    .await?;
-            }
-        }
-    }
-
-    async fn page(&self, after: &str) -> Result<Vec<Found>, Error> {
-        let db = &self.inner.db;
-        let values = vec![self.repository.into(), after.into(), self.now.into()];
-        let rows = db.scan(&TAGS, values).await?;
-        let mut page = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let tag: Tag = row.parse(0)?;
-            let digest = row.digest(1)?;
-            let signed = self.policy.asks_for_signatures()
-                && tag.subject().is_none()
-                && self.is_signed(&digest).await?;
-            page.push(Found {
-                facts: Facts {
-                    tag,
-                    pushed: row.time(3)?,
-                    pulled: row
-                        .opt_i64(4)?
-                        .map(|hour| Timestamp(hour.saturating_mul(HOUR))),
-                    pinned: row.i64(5)? == 1,
-                    signed,
-                },
-                digest,
-                generation: row.i64(2)?,
-            });
-        }
-        Ok(page)
-    }
-
-    async fn is_signed(&self, digest: &Digest) -> Result<bool, Error> {
-        let evidence = format!("{}.sig", digest.to_string().replacen(':', "-", 1));
-        let values = [self.repository.into(), digest.into(), evidence.into()];
-        Ok(!self.inner.db.read(&SIGNATURE, &values).await?.is_empty())
-    }
-}
-
-impl Found {
-    /// Evidence tags are edges of their subject; no policy is about them.
-    fn counts(&self) -> bool {
-        self.facts.tag.subject().is_none()
-    }
-}
-
 /// Begins a run; `None` when it was to begin by the clock and is not due.
 struct Start {
     policy: String,
@@ -621,114 +509,6 @@ impl Body for Start {
             audit::allowed(tx, &self.actor, "retention.run", id.to_string()).await?;
         }
         Ok(Some(id))
-    }
-}
-
-struct Decide {
-    run: i64,
-    repository: RepositoryName,
-    decisions: Vec<(Found, Verdict)>,
-}
-
-impl Body for Decide {
-    type Output = ();
-    const KIND: WriteKind = WriteKind::Delete;
-
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        for (found, verdict) in &self.decisions {
-            tx.execute(
-                &ADD_DECISION,
-                &[
-                    self.run.into(),
-                    self.repository.as_str().into(),
-                    found.facts.tag.as_str().into(),
-                    (&found.digest).into(),
-                    found.generation.into(),
-                    if verdict.keeps { "keep" } else { "remove" }.into(),
-                    (&verdict.reason).into(),
-                ],
-            )
-            .await?;
-        }
-        Ok(())
-    }
-}
-
-/// A tag as the plan saw it.
-struct Planned {
-    tag: Tag,
-    digest: Digest,
-    generation: i64,
-}
-
-/// Removes a few tags of one repository.
-struct Remove {
-    run: i64,
-    repository: RepositoryName,
-    tags: Vec<Planned>,
-    lease: Duration,
-}
-
-impl Body for Remove {
-    type Output = ();
-    const KIND: WriteKind = WriteKind::Delete;
-
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        let actor = system();
-        let Some(place) = repository::find(tx, &self.repository).await? else {
-            return Ok(());
-        };
-        let change = Change {
-            place,
-            repository: &self.repository,
-            actor: &actor,
-            lease: self.lease,
-        };
-        let now = tx.now();
-        let mut events = Vec::new();
-        for planned in &self.tags {
-            let pinned = tx
-                .query_opt(
-                    &PINNED,
-                    &[
-                        place.repository.into(),
-                        (&planned.digest).into(),
-                        now.into(),
-                    ],
-                )
-                .await?
-                .is_some();
-            let stays = if pinned {
-                Some("it was pinned after the plan")
-            } else {
-                let removed = tag::remove_unmoved(
-                    tx,
-                    &change,
-                    &planned.tag,
-                    planned.generation,
-                    &planned.digest,
-                    &mut events,
-                )
-                .await?;
-                (!removed).then_some("it moved after the plan")
-            };
-            if let Some(reason) = stays {
-                tx.execute(
-                    &STAYED,
-                    &[
-                        self.run.into(),
-                        self.repository.as_str().into(),
-                        planned.tag.as_str().into(),
-                        reason.into(),
-                    ],
-                )
-                .await?;
-            } else {
-                let target = format!("{}:{}", self.repository, planned.tag.as_str());
-                audit::allowed(tx, &actor, "tag.delete", target).await?;
-            }
-        }
-        event::write(tx, &events, &actor).await.map(drop)
     }
 }
 

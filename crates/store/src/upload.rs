@@ -21,7 +21,7 @@ use crate::clock::Timestamp;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::model::{Actor, UploadId};
+use crate::model::{Actor, Options, UploadId};
 use crate::repository;
 use crate::sql::{Body, Db, Row, Tx, Value, WriteKind, statements};
 
@@ -410,8 +410,17 @@ pub(crate) struct Commit {
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     pub(crate) content: Content,
-    pub(crate) lease: Duration,
+    pub(crate) keep: blob::Keep,
     pub(crate) actor: Actor,
+}
+
+/// How long the commits of this store keep what.
+pub(crate) fn keep(options: &Options) -> blob::Keep {
+    blob::Keep {
+        lease: options.lease,
+        replaced: options.gc.grace(),
+        unused: Duration::ZERO,
+    }
 }
 
 impl Body for Commit {
@@ -439,7 +448,7 @@ impl Body for Commit {
             &self.digest,
             self.size,
             &self.content,
-            self.lease,
+            self.keep,
             &self.actor,
         )
         .await

@@ -30,19 +30,11 @@ fn a_restart_of_the_database_is_told_and_survived() {
         in_trouble(&answer);
         let answer = site.servers[1].request("POST", "/v2/kept/restart/blobs/uploads/", &[], &[]);
         in_trouble(&answer);
-        wait_for("a refused push", || {
-            (pushers.troubles() > before).then_some(())
-        });
+        pushers.wait_for_trouble_since(before);
         site.cluster.postgres.restart();
         pushers.wait_for_more(20);
     }
-    let pushed = pushers.finish();
-    healthy(&mut site.servers);
-    pushed.refused_clearly();
-    pushed.all_there(&site.servers);
-    for server in &site.servers {
-        kept.readable(server);
-    }
+    site.lost_nothing(pushers, &kept);
 }
 
 #[test]
@@ -58,18 +50,10 @@ fn a_fail_over_to_a_standby_loses_nothing() {
     pushers.wait_for_more(40);
     let before = pushers.troubles();
     site.cluster.postgres.kill();
-    wait_for("a refused push", || {
-        (pushers.troubles() > before).then_some(())
-    });
+    pushers.wait_for_trouble_since(before);
     standby.promote();
     pushers.wait_for_more(40);
-    let pushed = pushers.finish();
-    healthy(&mut site.servers);
-    pushed.refused_clearly();
-    pushed.all_there(&site.servers);
-    for server in &site.servers {
-        kept.readable(server);
-    }
+    site.lost_nothing(pushers, &kept);
     // A replica that starts now finds its way as well.
     let mut late = e2e::cluster::replicas(&crate::options(&site.storage), 1);
     kept.readable(&late[0]);
@@ -92,9 +76,7 @@ fn a_database_that_is_out_of_reach_or_stands_still_is_told_and_survived() {
         pushers.wait_for_more(10);
         let before = pushers.troubles();
         wire.cut();
-        wait_for("a refused push", || {
-            (pushers.troubles() > before).then_some(())
-        });
+        pushers.wait_for_trouble_since(before);
         wire.mend();
         pushers.wait_for_more(10);
         // The net that comes back late: what waited goes on, or is refused.
@@ -103,11 +85,5 @@ fn a_database_that_is_out_of_reach_or_stands_still_is_told_and_survived() {
         wire.mend();
     }
     pushers.wait_for_more(10);
-    let pushed = pushers.finish();
-    healthy(&mut site.servers);
-    pushed.refused_clearly();
-    pushed.all_there(&site.servers);
-    for server in &site.servers {
-        kept.readable(server);
-    }
+    site.lost_nothing(pushers, &kept);
 }

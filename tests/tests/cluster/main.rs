@@ -16,6 +16,8 @@ mod objects;
 #[cfg(test)]
 mod pushes;
 #[cfg(test)]
+mod redirect;
+#[cfg(test)]
 mod replica;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +51,18 @@ impl Site {
             servers: replicas(&options(&storage), count),
             storage,
             cluster,
+        }
+    }
+
+    /// After the trouble: the pushes end, every replica goes on, whatever was refused was refused clearly, and what was
+    /// acknowledged before and meanwhile is readable from each.
+    fn lost_nothing(&mut self, pushers: Pushers, kept: &Keepsake) {
+        let pushed = pushers.finish();
+        healthy(&mut self.servers);
+        pushed.refused_clearly();
+        pushed.all_there(&self.servers);
+        for server in &self.servers {
+            kept.readable(server);
         }
     }
 }
@@ -186,6 +200,14 @@ impl Pushers {
     fn troubles(&self) -> u64 {
         let pushed = self.pushed.lock().unwrap();
         pushed.refused.len() as u64 + pushed.broken
+    }
+
+    /// Waits until a push had trouble since `troubles` was `before`.
+    #[track_caller]
+    fn wait_for_trouble_since(&self, before: u64) {
+        e2e::wire::wait_for("a refused push", || {
+            (self.troubles() > before).then_some(())
+        });
     }
 
     /// Waits until so many more tags were acknowledged.

@@ -3,11 +3,12 @@
 use std::thread;
 use std::time::Duration;
 
+use e2e::cluster::replicas;
 use e2e::fault::{Fault, Faults};
 use e2e::http::Connection;
 use e2e::objects::Kind;
-use e2e::wire::{finish, holds, noise, open_upload, patch, wait_for};
-use e2e::{Cluster, digest, image};
+use e2e::wire::{finish, holds, noise, open_upload, patch, refused, wait_for};
+use e2e::{Cluster, Run, digest, image, tools};
 
 use crate::{Pushers, Site, healthy, in_trouble, keepsake};
 
@@ -121,19 +122,11 @@ fn an_object_store_that_restarts_under_load_loses_nothing() {
         pushers.wait_for_more(15);
         let before = pushers.troubles();
         site.cluster.objects.kill();
-        wait_for("a refused push", || {
-            (pushers.troubles() > before).then_some(())
-        });
+        pushers.wait_for_trouble_since(before);
         site.cluster.objects.restart();
         pushers.wait_for_more(15);
     }
-    let pushed = pushers.finish();
-    healthy(&mut site.servers);
-    pushed.refused_clearly();
-    pushed.all_there(&site.servers);
-    for server in &site.servers {
-        kept.readable(server);
-    }
+    site.lost_nothing(pushers, &kept);
 }
 
 #[test]
@@ -220,4 +213,109 @@ fn a_store_that_ignores_conditions_serves_as_well_as_any() {
         }
         healthy(&mut site.servers);
     }
+}
+
+#[test]
+fn a_store_that_never_answers_is_left_and_asked_again() {
+    let (mut site, faults) = broken(Kind::Minio, 1);
+    let server = &site.servers[0];
+    let kept = keepsake(server, "hang");
+    let blob = image::push_blob(server.url(), "hang/app", &noise(62, MIB));
+    // One request of each that nobody answers costs its time limit and no more.
+    let before = faults.met();
+    faults.next(1, "GET ", Fault::Hang);
+    faults.next(1, "PUT ", Fault::Hang);
+    thread::scope(|scope| {
+        scope.spawn(|| holds(server, "hang/app", &blob));
+        scope.spawn(|| image::push_blob(server.url(), "hang/app", &noise(63, MIB)));
+    });
+    assert_eq!(faults.met() - before, 2);
+    faults.heal();
+    // While none is answered, all that needs no object goes on; then so does what waits.
+    let before = faults.met();
+    faults.always("", Fault::Hang);
+    let pushed = noise(64, MIB);
+    thread::scope(|scope| {
+        scope.spawn(|| holds(server, "hang/app", &blob));
+        scope.spawn(|| image::push_blob(server.url(), "hang/app", &pushed));
+        faults.wait_met(before);
+        faults.wait_met(before + 1);
+        let answer = server.get("/v2/kept/hang/manifests/large");
+        assert_eq!(answer.status(), 200, "{}", answer.text());
+        holds(server, "kept/hang", &kept.layers[0]);
+        image::push_artifact(
+            server.url(),
+            "hang/app",
+            "tiny",
+            "application/vnd.example",
+            b"tiny",
+        );
+        faults.heal();
+    });
+    holds(server, "hang/app", &digest(&pushed));
+    kept.readable(server);
+    healthy(&mut site.servers);
+}
+
+#[test]
+fn wrong_bytes_from_the_store_are_found_and_a_push_heals_them() {
+    let cluster = Cluster::start(Kind::Minio);
+    let faults = Faults::start(&cluster.objects.host());
+    let mut storage = cluster.storage();
+    storage.endpoint = faults.endpoint();
+    let options = crate::options(&storage).config("version: 1\nscrub: {rate: 1GiB}\n");
+    let mut servers = replicas(&options, 2);
+    let bytes = noise(65, 300_000);
+    let blob = image::push_blob(servers[0].url(), "bits/app", &bytes);
+    let upload = open_upload(&servers[0], "bits/app");
+    let whole = noise(66, 400_000);
+    let answer = patch(&servers[0], &upload, 0, &whole[..300_000]);
+    assert_eq!(answer.status(), 202, "{}", answer.text());
+
+    faults.always("GET ", Fault::Flip(100_000));
+    // What passes through is judged by whoever pulls.
+    let path = format!("/v2/bits/app/blobs/{blob}");
+    assert_ne!(digest(&servers[0].get(&path).body), blob);
+    // A replica that goes on with an upload reads what is there so far, and does not build on it.
+    let answer = patch(&servers[1], &upload, 300_000, &whole[300_000..]);
+    in_trouble(&answer);
+    // The scrub finds it; from then on clients are told to push it again.
+    let command = |words: &[&str]| {
+        Run::new(tools::program())
+            .args(words.iter().copied())
+            .arg(servers[0].host())
+    };
+    command(&["scrub", "run"]).run();
+    let status = wait_for("the scrub", || {
+        let status = command(&["--json", "scrub", "status"]).run();
+        (status.code == Some(3)).then_some(status)
+    });
+    let suspect = &status.json()["suspectBlobs"]["items"][0];
+    assert_eq!(suspect["digest"], *blob, "{status}");
+    for server in &servers {
+        assert_eq!(server.request("HEAD", &path, &[], &[]).status(), 404);
+        refused(&server.get(&path), 500, "UNKNOWN", "push it again");
+    }
+
+    faults.heal();
+    image::push_blob(servers[1].url(), "bits/app", &bytes);
+    let status = command(&["scrub", "status"]).ok();
+    assert!(status.both().contains("0 damaged blobs"), "{status}");
+    let at = wait_for("the upload on another replica", || {
+        let status = servers[1].get(&upload);
+        (status.status() == 204).then(|| usize::try_from(e2e::wire::offset_of(&status)).unwrap())
+    });
+    assert_eq!(at, 300_000);
+    wait_for("the claim of the refused chunk", || {
+        let answer = patch(&servers[1], &upload, at, &whole[at..]);
+        assert!([202, 416].contains(&answer.status()), "{}", answer.text());
+        (answer.status() == 202).then_some(())
+    });
+    let done = finish(&servers[1], &upload, &digest(&whole), &[]);
+    assert_eq!(done.status(), 201, "{}", done.text());
+    for server in &servers {
+        holds(server, "bits/app", &blob);
+        holds(server, "bits/app", &digest(&whole));
+    }
+    healthy(&mut servers);
 }

@@ -378,5 +378,47 @@ impl Drop for Other {
     }
 }
 
+/// Operators have a password, so their commands go by the token service, as those of every client.
+#[test]
+fn an_operator_with_a_password_may_use_every_command_of_one() {
+    let home = Scratch::new();
+    let users = home.write("htpasswd", HTPASSWD);
+    let access = "access:\n  - principals: [alice]\n    repositories: ['**']\n    actions: [pull, push, tag-create, tag-overwrite, delete, admin]\n";
+    let config = format!(
+        "version: 1\nauth:\n  htpasswd: {}\n{access}",
+        users.display()
+    );
+    let server = Server::with(&Options::new(tools::program()).config(config));
+    let host = server.host();
+    let as_alice = |words: &str| {
+        Run::new(tools::program())
+            .words(words)
+            .env("DOCKER_CONFIG", home.path())
+    };
+    as_alice(&format!("login --username alice --password-stdin {host}"))
+        .stdin("correct-horse")
+        .ok();
+    publish_as(&home, host);
+    for words in [
+        "gc status HOST",
+        "gc dry-run HOST",
+        "gc run HOST",
+        "scrub status HOST",
+        "scrub run HOST",
+        "retention ls HOST",
+        "storage HOST",
+        "quota set HOST shop 1GiB",
+        "quota ls HOST",
+        "pin set HOST another/holder",
+        "pin ls HOST",
+        "explain HOST/shop/site:production",
+        "mode read-only HOST",
+        "mode normal HOST",
+        "rm --repository HOST/shop/site",
+    ] {
+        as_alice(&words.replace("HOST", host)).ok();
+    }
+}
+
 /// `alice` with the password `correct-horse`, at the least cost.
 const HTPASSWD: &str = "alice:$2b$05$abcdefghijklmnopqrstuuZ0Fx87Pb/Aqb0E90lfvCwzXnaFKUHpS\n";

@@ -87,14 +87,17 @@ impl Task {
                 cpu: "CPU ms/image",
                 per_cpu: (1.0, 1e-3),
             },
-            Self::Start | Self::TagPage | Self::PushAtTags | Self::Collection | Self::Events => {
-                Units {
-                    rate: "moves/s",
-                    per_rate: 1.0,
-                    cpu: "CPU ms/move",
-                    per_cpu: (1.0, 1e-3),
-                }
-            }
+            Self::Start
+            | Self::TagPage
+            | Self::PushAtTags
+            | Self::Collection
+            | Self::Replicas
+            | Self::Events => Units {
+                rate: "moves/s",
+                per_rate: 1.0,
+                cpu: "CPU ms/move",
+                per_cpu: (1.0, 1e-3),
+            },
         }
     }
 }
@@ -195,7 +198,9 @@ impl Section {
                 "pushes of images of {LAYERS} layers of {kib} KiB, {PUSHERS} pushers, for {seconds} s"
             ),
             Task::Events => format!("{MOVES} moves of a tag, until the event arrives"),
-            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection => String::new(),
+            Task::Start | Task::TagPage | Task::PushAtTags | Task::Collection | Task::Replicas => {
+                String::new()
+            }
         };
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         Self {

@@ -264,7 +264,13 @@ impl Wire {
             self.buffer.copy_within(self.filled.clone(), 0);
             self.filled = 0..self.filled.len();
         }
-        let count = self.stream.read(&mut self.buffer[self.filled.end..])?;
+        // A machine that was halted for a moment interrupts what waits with a time limit.
+        let count = loop {
+            match self.stream.read(&mut self.buffer[self.filled.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
         self.filled.end += count;
         Ok(count)
     }

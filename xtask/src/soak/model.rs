@@ -93,6 +93,16 @@ impl Repository {
         self.settle();
     }
 
+    /// Notes that a write of a tag or a manifest was sent and not acknowledged: of what it touches nothing is known any
+    /// more, of everything else what was known.
+    pub(super) fn doubted(&mut self, reference: &str) {
+        self.tags
+            .retain(|tag, to| tag != reference && to != reference);
+        self.gone.remove(reference);
+        self.manifests.remove(reference);
+        self.settle();
+    }
+
     /// Notes that a released manifest was not there any more.
     pub(super) fn collected(&mut self, digest: &str) {
         if let Some(at) = self.released.iter().position(|(known, _)| known == digest) {
@@ -189,6 +199,27 @@ mod tests {
         assert_eq!(repository.buried.len(), 1);
         repository.collected("i");
         assert_eq!(repository.buried.len(), 1);
+    }
+
+    #[test]
+    fn a_doubt_is_about_what_a_write_touches_and_nothing_else() {
+        let mut repository = Repository::default();
+        repository.pushed("a", manifest(&[], None), Some("t"));
+        repository.pushed("b", manifest(&[], None), Some("u"));
+        repository.pushed("i", manifest(&["a"], None), Some("v"));
+        repository.untagged("gone");
+        // Another manifest may have the tag by now; an index keeps the one that had it.
+        repository.doubted("t");
+        assert_eq!(kept(&repository), ["a", "b", "i"]);
+        assert!(!repository.tags.contains_key("t") && !repository.gone.contains("t"));
+        // It may be deleted, and its tags with it.
+        repository.doubted("i");
+        assert_eq!(kept(&repository), ["b"]);
+        assert!(!repository.gone.contains("v"));
+        repository.doubted("gone");
+        assert!(repository.gone.is_empty());
+        repository.doubted("a new tag");
+        assert_eq!(kept(&repository), ["b"]);
     }
 
     #[test]

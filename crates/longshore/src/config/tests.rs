@@ -252,15 +252,17 @@ fn a_backup_needs_a_place() {
 #[test]
 fn quotas_and_what_is_kept_of_reports() {
     let config = load("version: 1", &[]).unwrap();
+    assert!(config.store.exports);
     assert_eq!(config.store.quota, None);
     assert_eq!(config.store.pull_retention, Duration::from_hours(24 * 90));
     let days = Duration::from_hours(24 * 400);
     assert_eq!(config.store.attempt_retention, Some(days));
     let config = load(
-        "version: 1\nserver: {metric_repositories: 7}\nstorage: {quota: 2TiB, pull_statistics: off}\nattempts: {retention: forever}\n",
+        "version: 1\nserver: {metric_repositories: 7}\nstorage: {quota: 2TiB, pull_statistics: off, exports: false}\nattempts: {retention: forever}\n",
         &[],
     )
     .unwrap();
+    assert!(!config.store.exports);
     assert_eq!(config.store.quota, Some(2 << 40));
     assert_eq!(config.store.pull_retention, Duration::ZERO);
     assert_eq!(config.store.attempt_retention, None);

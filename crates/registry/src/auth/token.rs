@@ -263,6 +263,9 @@ pub(crate) async fn serve(call: &mut Call) -> Result<Response<Body>, Refusal> {
 /// Cuts a grant down to what the caller may do; `None` when nothing is left.
 fn allowed(auth: &Auth, caller: &Caller, mut grant: Grant) -> Option<Grant> {
     match grant.kind.as_str() {
+        "registry" if grant.name == "admin" => {
+            (auth.decide_operator(caller) == Decision::Allowed).then_some(grant)
+        }
         "registry" => {
             // What it lists is filtered by rights, so whoever may read something gets it.
             let known = REGISTRY_SCOPES.contains(&grant.name.as_str());
@@ -283,6 +286,9 @@ fn allowed(auth: &Auth, caller: &Caller, mut grant: Grant) -> Option<Grant> {
             // Which tags may be deleted is judged with each request.
             if wanted("delete") {
                 actions.push("delete".to_owned());
+            }
+            if grant.actions.iter().any(|action| action == "*") && may(Action::Admin) {
+                actions.push("*".to_owned());
             }
             grant.actions = actions;
             (!grant.actions.is_empty()).then_some(grant)
@@ -315,7 +321,7 @@ impl Call {
     }
 }
 
-/// Names of questions about the whole registry.
+/// Names of questions about the whole registry that everybody who reads may ask.
 const REGISTRY_SCOPES: [&str; 2] = ["catalog", "events"];
 const MIN_LIFETIME: Duration = Duration::from_mins(1);
 const MAX_AGE: Duration = Duration::from_mins(1);

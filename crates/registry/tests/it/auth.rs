@@ -3,6 +3,7 @@ use std::path::Path;
 use registry::{Access, Action, Error, Server, Settings};
 
 use crate::harness::{EMPTY, MANIFEST, Registry, Reply, basic, basic_with, image, passwords, rule};
+use crate::place::Place;
 
 async fn token(registry: &Registry, authorization: Option<&str>, query: &str) -> Reply {
     let headers: Vec<_> = authorization
@@ -402,6 +403,47 @@ async fn tokens() {
 }
 
 #[tokio::test]
+async fn operators_get_tokens_for_what_only_they_may() {
+    let registry = filled().await;
+    let challenge = registry.call("GET /api/v1/collection", &[], b"").await;
+    let challenge = challenge.header("www-authenticate");
+    assert!(
+        challenge.contains("scope=\"registry:admin:*\""),
+        "{challenge}"
+    );
+    let operator = bearer(&registry, "root", "registry:admin:*").await;
+    for path in ["collection", "scrub", "mode", "retention/runs", "storage"] {
+        as_(&registry, &operator, &format!("GET /api/v1/{path}"), b"")
+            .await
+            .expect(200);
+    }
+    for user in ["alice", "bob"] {
+        let other = bearer(&registry, user, "registry:admin:*").await;
+        let reply = as_(&registry, &other, "GET /api/v1/collection", b"").await;
+        assert!(
+            [401, 403].contains(&reply.status),
+            "{user}: {}",
+            reply.status
+        );
+    }
+    // Whole repositories: asked for with `*`, which other users get less for.
+    let delete = "DELETE /api/v1/repositories/shop/web";
+    let narrow = bearer(&registry, "root", "repository:shop/web:pull,push,delete").await;
+    let reply = as_(&registry, &narrow, delete, b"").await;
+    let challenge = reply.refused(401, "UNAUTHORIZED");
+    assert!(
+        challenge
+            .header("www-authenticate")
+            .contains("repository:shop/web:*")
+    );
+    let alice = bearer(&registry, "alice", "repository:shop/web:*").await;
+    let reply = as_(&registry, &alice, delete, b"").await;
+    assert!([401, 403].contains(&reply.status), "{}", reply.status);
+    let root = bearer(&registry, "root", "repository:shop/web:*").await;
+    as_(&registry, &root, delete, b"").await.expect(202);
+}
+
+#[tokio::test]
 async fn anonymous_tokens_and_the_oauth_form() {
     let registry = filled().await;
     let reply = token(&registry, None, "&scope=repository:public/x:pull,push")
@@ -562,9 +604,8 @@ async fn open_mode_serves_this_machine_alone() {
 #[tokio::test]
 async fn settings_that_cannot_work_are_refused_at_start() {
     let dir = tempfile::tempdir().unwrap();
-    let store = store::Store::open(&dir.path().join("data"), store::Options::default())
-        .await
-        .unwrap();
+    let place = Place::new(dir.path());
+    let store = place.open(store::Options::default()).await;
     let bind = async |settings| Server::bind(settings, store.clone()).await.unwrap_err();
     let base = || Settings {
         listen: vec![([127, 0, 0, 1], 0).into()],

@@ -174,7 +174,13 @@ async fn resuming_misses_nothing_and_repeats_nothing() {
 #[tokio::test]
 async fn unknown_positions_reset() {
     let registry = Registry::open().await;
+    // Events have a position when they come, which may be after the push was answered.
+    let mut stream = open(&registry, "", &[]).await;
+    stream.next().await.unwrap();
     registry.image("a", "v1", "x").await;
+    for _ in 0..2 {
+        stream.change().await;
+    }
     for position in ["other.1", "nonsense", "7", "future"] {
         let now = open(&registry, "", &[]).await.next().await.unwrap().id;
         let future = format!("{}.999999", now.rsplit_once('.').unwrap().0);
@@ -190,7 +196,9 @@ async fn unknown_positions_reset() {
         assert_eq!(reset.data["position"], now);
         // It goes on from there.
         registry.image("a", "v1", position).await;
-        assert_ne!(stream.change().await.kind, "reset");
+        for _ in 0..2 {
+            assert_ne!(stream.change().await.kind, "reset");
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A server on a free port over a store in a temporary directory, and a client that writes bytes.
+//! A server on a free port over a store of its own, and a client that writes bytes.
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -13,6 +13,8 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::place::Place;
+
 pub(crate) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(crate) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(crate) const EMPTY: &str =
@@ -24,6 +26,7 @@ pub(crate) struct Registry {
     pub(crate) dir: TempDir,
     stop: Option<oneshot::Sender<()>>,
     pub(crate) task: JoinHandle<Result<(), registry::Error>>,
+    _place: Place,
 }
 
 /// What came back.
@@ -71,16 +74,16 @@ impl Registry {
         change: impl FnOnce(&mut Settings),
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("data"), options)
-            .await
-            .unwrap();
+        let place = Place::new(dir.path());
+        let store = place.open(options).await;
         let access = access(dir.path(), "htpasswd");
-        Self::over(store, dir, access, change).await
+        Self::over(store, place, dir, access, change).await
     }
 
-    /// Over a store that is open, whose files may be in `dir`.
+    /// Over a store that is open, which has something in `place` and whose files may be in `dir`.
     pub(crate) async fn over(
         store: Store,
+        place: Place,
         dir: TempDir,
         access: Access,
         change: impl FnOnce(&mut Settings),
@@ -102,6 +105,7 @@ impl Registry {
             dir,
             stop: Some(stop),
             task,
+            _place: place,
         }
     }
 

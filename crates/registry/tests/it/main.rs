@@ -1,4 +1,5 @@
-//! The wire-level suite: literal bytes on a socket against a real store, one module per noun.
+//! The wire-level suite: literal bytes on a socket against a real store, one module per noun. It runs on a data
+//! directory, and on PostgreSQL and S3 where the environment names them (`place`).
 
 #[cfg(test)]
 mod auth;
@@ -16,6 +17,8 @@ mod limits;
 mod manifest;
 #[cfg(test)]
 mod object_store;
+#[cfg(test)]
+mod place;
 #[cfg(test)]
 mod referrer;
 #[cfg(test)]

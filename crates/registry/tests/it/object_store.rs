@@ -3,19 +3,20 @@
 use std::time::Duration;
 
 use registry::{Access, Redirect, Settings};
-use store::{DatabaseLocation, Options};
+use store::Options;
 
 use crate::harness::Registry;
+use crate::place::Place;
 use crate::stand_in::{Fault, Request, StandIn};
 
 const FOR_GOOD: usize = 100;
 
 async fn registry(change: impl FnOnce(&mut Settings)) -> (Registry, StandIn) {
     let (objects, dir) = (StandIn::start().await, tempfile::tempdir().unwrap());
-    let database = DatabaseLocation::Sqlite(dir.path().join("data"));
-    let store = objects.open(database, Options::default()).await;
+    let place = Place::new(dir.path());
+    let store = objects.open(place.database(), Options::default()).await;
     (
-        Registry::over(store, dir, Access::Open, change).await,
+        Registry::over(store, place, dir, Access::Open, change).await,
         objects,
     )
 }

@@ -8,6 +8,7 @@ use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio_rustls::TlsConnector;
 
 use crate::harness::{Registry, Reply, read_reply, request};
+use crate::place::Place;
 
 const ONE: (&str, &str) = (include_str!("data/one.crt"), include_str!("data/one.key"));
 const TWO: (&str, &str) = (include_str!("data/two.crt"), include_str!("data/two.key"));
@@ -145,9 +146,8 @@ async fn a_large_blob_over_tls() {
 #[tokio::test]
 async fn bad_files_are_named_at_start() {
     let dir = tempfile::tempdir().unwrap();
-    let store = store::Store::open(&dir.path().join("data"), store::Options::default())
-        .await
-        .unwrap();
+    let place = Place::new(dir.path());
+    let store = place.open(store::Options::default()).await;
     let files = TlsFiles {
         certificate: dir.path().join("crt"),
         key: dir.path().join("key"),

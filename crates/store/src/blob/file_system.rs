@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::clock::random_name;
 use crate::error::Error;
+use crate::failpoint::failpoint;
 
 /// The name of an object: 32 hexadecimal characters.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,21 +141,39 @@ impl FileSystem {
         sync_directory(&self.parent(key))
     }
 
-    /// Removes an object, durably. What is gone already is no error, but whoever removed it may have been cut
+    /// Removes objects, durably. What is gone already is no error, but whoever removed it may have been cut
     /// off before that was durable, so the directory is synced then, too.
-    pub(crate) fn remove(&self, key: &StorageKey) -> Result<(), Error> {
-        let path = self.path(key);
-        match std::fs::remove_file(&path) {
-            Ok(()) => sync_directory(&self.parent(key)),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                match sync_directory(&self.parent(key)) {
+    ///
+    /// All entries go before the first sync: a journal then commits them together.
+    pub(crate) fn remove(&self, keys: Vec<StorageKey>) -> Vec<(StorageKey, Result<(), Error>)> {
+        let removed: Vec<_> = keys
+            .into_iter()
+            .map(|key| {
+                let path = self.path(&key);
+                let result = match std::fs::remove_file(&path) {
+                    Ok(()) => Ok(true),
+                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+                    Err(error) => Err(Error::io("remove", &path, error)),
+                };
+                failpoint("outbox.after_remove");
+                (key, result)
+            })
+            .collect();
+        removed
+            .into_iter()
+            .map(|(key, result)| {
+                let result = result.and_then(|was_there| match self.sync_entry(&key) {
                     // Nothing was ever below it.
-                    Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
+                    Err(Error::Io { source, .. })
+                        if !was_there && source.kind() == ErrorKind::NotFound =>
+                    {
+                        Ok(())
+                    }
                     other => other,
-                }
-            }
-            Err(error) => Err(Error::io("remove", &path, error)),
-        }
+                });
+                (key, result)
+            })
+            .collect()
     }
 
     /// The directories and files right under the root, to be listed one after the other with [`Self::list_part`].
@@ -311,8 +330,13 @@ mod tests {
         let listed = objects.list().unwrap();
         assert_eq!(listed.len(), 2);
         assert_eq!(listed.iter().filter(|(_, key)| key.is_none()).count(), 1);
-        objects.remove(&key).unwrap();
-        objects.remove(&key).unwrap();
+        // A second time does no harm, nor does a key that nothing was ever below.
+        let never = StorageKey::parse(&"f".repeat(32)).unwrap();
+        for _ in 0..2 {
+            let removed = objects.remove(vec![key.clone(), never.clone()]);
+            assert_eq!(removed.len(), 2);
+            assert!(removed.iter().all(|(_, result)| result.is_ok()));
+        }
         assert_eq!(objects.list().unwrap().len(), 1);
     }
 }

@@ -85,6 +85,15 @@ impl Objects {
         }
     }
 
+    /// How many objects a step of the outbox takes: few files, which each cost this machine something, or what one
+    /// request to an object store names.
+    pub(crate) fn removed_at_once(&self) -> usize {
+        match self {
+            Self::Directory(_) => 16,
+            Self::S3(_) => 100,
+        }
+    }
+
     /// Removes objects, durably, and aborts what was on its way to become one. What is gone already is no error.
     pub(crate) async fn remove(
         &self,
@@ -94,14 +103,8 @@ impl Objects {
             Self::Directory(files) => {
                 let files = Arc::clone(files);
                 spawn_blocking(move || {
-                    removals
-                        .into_iter()
-                        .map(|removal| {
-                            let result = files.remove(&removal.key);
-                            failpoint("outbox.after_remove");
-                            (removal.key, result)
-                        })
-                        .collect()
+                    let keys = removals.into_iter().map(|removal| removal.key);
+                    files.remove(keys.collect())
                 })
                 .await
                 .unwrap_or_default()

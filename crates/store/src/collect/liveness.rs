@@ -28,8 +28,9 @@ statements! {
                 (SELECT MAX(CASE WHEN p.expires_at IS NULL THEN 9223372036854775807 ELSE p.expires_at END) \
                      FROM pin p WHERE p.manifest_id = m.id AND (p.expires_at IS NULL OR p.expires_at > $2)) AS pinned \
             FROM manifest m WHERE m.id = $1";
-    LIKE_EVIDENCE = "SELECT name FROM tag WHERE manifest_id = $1 \
-                     AND (SUBSTR(name, 1, 7) = 'sha256-' OR SUBSTR(name, 1, 7) = 'sha512-') LIMIT 200";
+    LIKE_EVIDENCE = "SELECT name FROM tag WHERE manifest_id = $1 AND name > $2 \
+                     AND (SUBSTR(name, 1, 7) = 'sha256-' OR SUBSTR(name, 1, 7) = 'sha512-') \
+                     ORDER BY name LIMIT $3";
     PARENTS = "SELECT manifest_id FROM manifest_child WHERE repository_id = $1 AND digest = $2 AND manifest_id > $3 \
                ORDER BY manifest_id LIMIT $4";
     SUBJECTS = "SELECT f.subject, m.id, f.subject_gone_at FROM referrer f \
@@ -198,12 +199,26 @@ impl Node {
         if self.tag.is_some() {
             return Ok(true);
         }
-        for row in tx.query(&LIKE_EVIDENCE, &[self.id.into()]).await? {
-            if is_root(&row.parse(0)?) {
-                return Ok(true);
+        // To the end: whoever may push can make any number of tags that are none.
+        let mut last = String::new();
+        loop {
+            let page = tx
+                .query(
+                    &LIKE_EVIDENCE,
+                    &[self.id.into(), (&last).into(), TAGS_AT_ONCE.into()],
+                )
+                .await?;
+            for row in &page {
+                let tag: Tag = row.parse(0)?;
+                if is_root(&tag) {
+                    return Ok(true);
+                }
+                tag.as_str().clone_into(&mut last);
+            }
+            if page.len() < TAGS_AT_ONCE {
+                return Ok(false);
             }
         }
-        Ok(false)
     }
 }
 
@@ -314,6 +329,8 @@ impl Walk<'_> {
     }
 }
 
+/// Tags that are read at once.
+const TAGS_AT_ONCE: usize = 200;
 /// Edges that are read at once.
 const PAGE: usize = 32;
 /// Manifests that one walk visits at most.

@@ -7,6 +7,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
+use super::pace::Pace;
 use crate::blob::StorageKey;
 use crate::blob::objects::Removal;
 use crate::clock::Timestamp;
@@ -57,7 +60,7 @@ pub(crate) async fn discard_multipart(
 
 /// Puts the object of a blob into the outbox. It waits until `due`, so that reads which have begun, and an older
 /// copy of the database, still find it.
-pub(super) async fn discard_blob(
+pub(crate) async fn discard_blob(
     tx: &mut Tx,
     key: &str,
     size: u64,
@@ -68,9 +71,11 @@ pub(super) async fn discard_blob(
         .map(drop)
 }
 
-/// Deletes the objects of the outbox that are due; how many were tried.
-pub(crate) async fn serve(inner: &Arc<Inner>) -> Result<usize, Error> {
-    let due = inner.db.write(Claim).await?;
+/// Deletes some of the objects of the outbox that are due; how many were tried.
+pub(super) async fn serve(inner: &Arc<Inner>, pace: &mut Pace) -> Result<usize, Error> {
+    let began = Instant::now();
+    let limit = inner.objects.removed_at_once();
+    let due = inner.db.write(Claim { limit }).await?;
     if due.is_empty() {
         return Ok(0);
     }
@@ -99,6 +104,7 @@ pub(crate) async fn serve(inner: &Arc<Inner>) -> Result<usize, Error> {
     inner.collector.objects_deleted(gone.len());
     inner.db.write(Deleted { gone, stuck }).await?;
     failpoint("outbox.after_rows");
+    pace.after_removal(began).await;
     Ok(tried)
 }
 
@@ -108,7 +114,9 @@ struct Doomed {
     attempts: i64,
 }
 
-struct Claim;
+struct Claim {
+    limit: usize,
+}
 
 impl Body for Claim {
     type Output = Vec<Doomed>;
@@ -118,7 +126,7 @@ impl Body for Claim {
     async fn run(&self, tx: &mut Tx) -> Result<Vec<Doomed>, Error> {
         let now = tx.now();
         let until = now.plus(CLAIM_TIME);
-        tx.query(&CLAIM, &[now.into(), BATCH.into(), until.into()])
+        tx.query(&CLAIM, &[now.into(), self.limit.into(), until.into()])
             .await?
             .iter()
             .map(|row| {
@@ -198,8 +206,6 @@ pub(super) async fn length(db: &Db, now: Timestamp) -> Result<OutboxLength, Erro
     })
 }
 
-/// Objects that one step takes.
-const BATCH: usize = 100;
 /// Longer than the deletion of a batch takes.
 const CLAIM_TIME: Duration = Duration::from_mins(5);
 

@@ -1,8 +1,7 @@
 //! The worker: claims what is due, a batch at a time, and gives way to foreground work.
 //!
 //! Every replica has one; there is no leader and no state that another one needs (`I12`). The candidates of a
-//! batch run a few at a time, which on SQLite commit together. On SQLite, where they share one writer with every
-//! push, the worker rests as long as it worked.
+//! batch run a few at a time, which on SQLite commit together. Between these steps the worker rests ([`Pace`]).
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +13,7 @@ use tokio::time::Instant;
 
 use super::candidate::{Look, Outcome, Rules};
 use super::outbox;
+use super::pace::Pace;
 use super::queue::{self, Candidate, Claim, Kind, QueueLag, QueueLength};
 use super::settings::Window;
 use crate::clock::Timestamp;
@@ -171,8 +171,10 @@ impl Store {
 
 /// Collects until the future is dropped or the store stops.
 pub(crate) async fn work(inner: &Arc<Inner>) {
+    let one_writer = matches!(&*inner.db, Db::Sqlite(_));
+    let mut pace = Pace::giving(inner.options.gc.rate, one_writer);
     loop {
-        match round(inner, Pace::Giving).await {
+        match round(inner, &mut pace).await {
             // What was left by one round may be due at once.
             Ok(found) if found > 0 => continue,
             Ok(_) => {}
@@ -185,21 +187,13 @@ pub(crate) async fn work(inner: &Arc<Inner>) {
 
 /// Collects everything that is due now, to its end.
 pub(crate) async fn drain(inner: &Arc<Inner>) -> Result<(), Error> {
-    while round(inner, Pace::Full).await? > 0 {}
+    let mut pace = Pace::full();
+    while round(inner, &mut pace).await? > 0 {}
     Ok(())
 }
 
-/// How a round goes.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Pace {
-    /// Without a rest.
-    Full,
-    /// Gives way to foreground work.
-    Giving,
-}
-
 /// One batch of each kind, then the outbox; how many were looked at.
-async fn round(inner: &Arc<Inner>, pace: Pace) -> Result<usize, Error> {
+async fn round(inner: &Arc<Inner>, pace: &mut Pace) -> Result<usize, Error> {
     let mut found = expire_uploads(inner).await?;
     let asked = inner.collector.asked.load(Ordering::Relaxed);
     if asked || inner.options.gc.is_open(inner.clock.now()) {
@@ -212,38 +206,46 @@ async fn round(inner: &Arc<Inner>, pace: Pace) -> Result<usize, Error> {
         }
         found += candidates;
     }
-    found += outbox::serve(inner).await?;
+    // As many objects as candidates, or the outbox would grow while there are candidates.
+    for _ in 0..OUTBOX_STEPS {
+        let served = outbox::serve(inner, pace).await?;
+        found += served;
+        if served < inner.objects.removed_at_once() {
+            break;
+        }
+    }
     Ok(found)
 }
 
-async fn look_at_batch(inner: &Arc<Inner>, kind: Kind, pace: Pace) -> Result<usize, Error> {
+async fn look_at_batch(inner: &Arc<Inner>, kind: Kind, pace: &mut Pace) -> Result<usize, Error> {
     let gc = &inner.options.gc;
-    let rate = f64::from(gc.rate.max(1));
-    let began = Instant::now();
     let limit = BATCH.min(usize::try_from(gc.rate.max(1)).unwrap_or(BATCH));
     // A transaction is only worth its commit when there is something to claim.
     if !queue::any_due(&inner.db, kind, inner.clock.now()).await? {
         return Ok(0);
     }
+    let began = Instant::now();
     let batch = inner.db.write(Claim { kind, limit }).await?;
-    let found = batch.len();
-    if found == 0 {
-        return Ok(0);
+    pace.after_step(began, 0).await;
+    for step in batch.chunks(AT_ONCE) {
+        let began = Instant::now();
+        look_at_step(inner, step).await?;
+        let now = inner.clock.now();
+        inner.collector.last_run.store(now.0, Ordering::Relaxed);
+        pace.after_step(began, step.len()).await;
     }
-    let mut waiting = batch.into_iter();
+    Ok(batch.len())
+}
+
+/// Looks at a few candidates at once.
+async fn look_at_step(inner: &Arc<Inner>, step: &[Candidate]) -> Result<(), Error> {
     let mut running = JoinSet::new();
+    for &candidate in step {
+        let inner = Arc::clone(inner);
+        running.spawn(async move { (candidate, look_at(&inner, candidate).await) });
+    }
     let mut stopped = false;
-    loop {
-        while running.len() < AT_ONCE
-            && !stopped
-            && let Some(candidate) = waiting.next()
-        {
-            let inner = Arc::clone(inner);
-            running.spawn(async move { (candidate, look_at(&inner, candidate).await) });
-        }
-        let Some(done) = running.join_next().await else {
-            break;
-        };
+    while let Some(done) = running.join_next().await {
         match done {
             Ok((candidate, Ok(outcome))) => inner.collector.count(candidate.kind, &outcome),
             Ok((_, Err(Error::Stopped))) => stopped = true,
@@ -262,22 +264,7 @@ async fn look_at_batch(inner: &Arc<Inner>, kind: Kind, pace: Pace) -> Result<usi
             }
         }
     }
-    if stopped {
-        return Err(Error::Stopped);
-    }
-    let now = inner.clock.now();
-    inner.collector.last_run.store(now.0, Ordering::Relaxed);
-    if pace == Pace::Full {
-        return Ok(found);
-    }
-    let worked = began.elapsed();
-    let share = match &*inner.db {
-        Db::Sqlite(_) => worked * 2,
-        Db::Postgres(_) => worked,
-    };
-    let evenly = Duration::from_secs_f64(found as f64 / rate);
-    tokio::time::sleep_until(began + share.max(evenly)).await;
-    Ok(found)
+    if stopped { Err(Error::Stopped) } else { Ok(()) }
 }
 
 async fn look_at(inner: &Arc<Inner>, candidate: Candidate) -> Result<Outcome, Error> {
@@ -328,7 +315,9 @@ async fn expire_uploads(inner: &Arc<Inner>) -> Result<usize, Error> {
 
 /// Candidates that are claimed at once.
 const BATCH: usize = 64;
-/// Candidates whose transactions run at once.
+/// Candidates whose transactions run at once: one step.
 const AT_ONCE: usize = 8;
+/// Steps of the outbox after the batches of candidates.
+const OUTBOX_STEPS: usize = 8;
 /// How long a worker that found nothing waits.
 const IDLE: Duration = Duration::from_secs(1);

@@ -32,7 +32,7 @@ use crate::failpoint::failpoint;
 use crate::model::{Actor, Blob, BlobContent, Expected, PutManifest, TagWrite, UploadId};
 use crate::store::{Inner, Store};
 use crate::upload::writer::digest_of_file;
-use crate::upload::{Commit, Expire, Object, Start};
+use crate::upload::{self, Commit, Expire, Object, Start};
 
 /// How a file becomes an object.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -134,7 +134,7 @@ impl StoreSink {
                 digest: digest.clone(),
                 size,
                 content: NewContent::Object(key),
-                lease: inner.options.lease,
+                keep: upload::keep(&inner.options),
                 actor: self.actor.clone(),
             })
             .await;

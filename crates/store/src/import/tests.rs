@@ -1,6 +1,7 @@
 //! The walk, between a source and a sink in memory that is as strict as a store.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;

@@ -237,6 +237,9 @@ fn period(time: Duration) -> String {
 
 /// Which tags are the newest, for each rule that counts. It holds no more than the rules ask for, however many tags
 /// it is shown.
+///
+/// A tag that was pushed or pulled after the ranking was made is not in it. It is judged by whether it *would* be: it
+/// ranks with what it is now against the last one that counted.
 #[derive(Debug)]
 pub(crate) struct Ranking(Vec<Ranks>);
 
@@ -277,12 +280,17 @@ impl Ranking {
         let Some(ranks) = self.0.get(index) else {
             return false;
         };
-        let name = || facts.tag.as_str().to_owned();
-        (rule.newest.is_none() || ranks.pushed.contains(&(facts.pushed, name())))
-            && (rule.newest_pulled.is_none()
-                || facts
+        let is_among = |ranks: &BTreeSet<(Timestamp, String)>, count: u32, at: Timestamp| {
+            let least = ranks.first().filter(|_| ranks.len() >= count as usize);
+            least.is_none_or(|least| (at, facts.tag.as_str()) >= (least.0, least.1.as_str()))
+        };
+        rule.newest
+            .is_none_or(|count| is_among(&ranks.pushed, count, facts.pushed))
+            && rule.newest_pulled.is_none_or(|count| {
+                facts
                     .pulled
-                    .is_some_and(|pulled| ranks.pulled.contains(&(pulled, name()))))
+                    .is_some_and(|pulled| is_among(&ranks.pulled, count, pulled))
+            })
     }
 }
 

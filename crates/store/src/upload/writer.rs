@@ -639,7 +639,7 @@ impl Session {
                 digest,
                 size: self.received,
                 content,
-                lease: self.inner.options.lease,
+                keep: crate::upload::keep(&self.inner.options),
                 actor,
             })
             .await;

@@ -31,6 +31,8 @@ pub(crate) fn options() -> Options {
 /// Everything below, on one engine.
 pub(crate) async fn keeps_the_contract(store: &Store) {
     tags_and_leases_keep(store).await;
+    a_tag_among_many_of_evidence_keeps(store).await;
+    damaged_blobs_go_too(store).await;
     indexes_keep_their_children(store).await;
     subjects_keep_their_referrers(store).await;
     cycles_of_subjects_go(store).await;
@@ -79,6 +81,39 @@ async fn untag(store: &Store, repository: &RepositoryName, text: &str) {
 
 fn layers(view: &Manifest) -> &[Descriptor] {
     view.layers.as_deref().unwrap_or_default()
+}
+
+/// Whoever may push can make any number of tags that are no roots, and names sort before any other.
+async fn a_tag_among_many_of_evidence_keeps(store: &Store) {
+    let repository = name("gc/evidence-tags");
+    let tags: Vec<_> = (0..250)
+        .map(|number| format!("sha256-{number:064x}.sig"))
+        .collect();
+    let mut names: Vec<_> = tags.iter().map(String::as_str).collect();
+    names.push("sha256-fff");
+    let view = push_image(store, &repository, 40, &names).await;
+    lease_over(store).await;
+    lease_over(store).await;
+    assert!(there(store, &repository, &view).await);
+    untag(store, &repository, "sha256-fff").await;
+    lease_over(store).await;
+    lease_over(store).await;
+    assert!(!there(store, &repository, &view).await);
+}
+
+/// A blob that was found damaged after the collector left it alone goes with the last manifest that names it.
+async fn damaged_blobs_go_too(store: &Store) {
+    let repository = name("gc/damaged");
+    let view = push_image(store, &repository, 41, &["v1"]).await;
+    lease_over(store).await;
+    let layer = layers(&view)[0].clone();
+    store.mark_suspect(&layer.digest).await.unwrap();
+    untag(store, &repository, "v1").await;
+    for _ in 0..3 {
+        lease_over(store).await;
+    }
+    assert!(!there(store, &repository, &view).await);
+    assert_eq!(store.suspect_count().await.unwrap(), 0);
 }
 
 async fn tags_and_leases_keep(store: &Store) {

@@ -175,6 +175,53 @@ async fn everything_that_was_exported_is_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exports_that_are_switched_off_are_gone_and_come_back_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().join("data");
+    let parts = || std::fs::read_dir(data.join("x")).map_or(0, Iterator::count);
+    let off = Options {
+        exports: false,
+        ..Options::default()
+    };
+    let store = Store::open(&data, Options::default()).await.unwrap();
+    fill(&store).await;
+    let before = seen(&store).await;
+    store.close().await.unwrap();
+    assert!(parts() >= 2);
+
+    let store = Store::open(&data, off.clone()).await.unwrap();
+    store.export().await.unwrap();
+    assert_eq!(parts(), 0);
+    push_image(&store, &name("team/a"), 4, &["v4"]).await;
+    store.export().await.unwrap();
+    assert_eq!(parts(), 0);
+    store.close().await.unwrap();
+
+    // On again: a whole set, not what changed since.
+    let store = Store::open(&data, Options::default()).await.unwrap();
+    store.export().await.unwrap();
+    let grown = seen(&store).await;
+    assert!(grown.len() > before.len());
+    store.close().await.unwrap();
+    lose(&data);
+    let report = reindex(&data, &Options::default(), |_| {}).await.unwrap();
+    assert_eq!(report.problems, Vec::<String>::new());
+    let store = Store::open(&data, off.clone()).await.unwrap();
+    assert_eq!(seen(&store).await, grown);
+
+    // What is lost without them: all but the bytes of blobs.
+    store.export().await.unwrap();
+    store.close().await.unwrap();
+    lose(&data);
+    let report = reindex(&data, &Options::default(), |_| {}).await.unwrap();
+    assert!(
+        matches!(&report.problems[..], [problem] if problem.contains("no exports")),
+        "{report:?}"
+    );
+    assert_eq!((report.repositories, report.tags), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_lost_is_told_and_the_rest_is_served() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("data");

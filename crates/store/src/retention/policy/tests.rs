@@ -281,3 +281,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_came_after_the_ranking_ranks_with_what_it_is_now() {
+    let newest = |newest, newest_pulled| {
+        policy(vec![Keep {
+            newest,
+            newest_pulled,
+            ..Keep::default()
+        }])
+    };
+    let all = [
+        facts("a", 10, Some(10)),
+        facts("b", 20, Some(20)),
+        facts("c", 30, Some(30)),
+    ];
+    for policy in [newest(Some(2), None), newest(None, Some(2))] {
+        let mut ranking = Ranking::new(&policy);
+        for facts in &all {
+            ranking.add(&policy, facts, NOW);
+        }
+        let keeps = |facts: &Facts| policy.judge(1, &ranking, facts, NOW).keeps;
+        assert!(!keeps(&all[0]) && keeps(&all[1]) && keeps(&all[2]));
+        // Pushed and pulled between the ranking and the verdict.
+        assert!(keeps(&facts("a", 40, Some(40))));
+        assert!(keeps(&facts("new", 40, Some(40))));
+        assert!(!keeps(&facts("new", 15, Some(15))));
+    }
+    // As long as fewer than asked for counted, whatever comes is among them.
+    let policy = newest(Some(5), None);
+    let mut ranking = Ranking::new(&policy);
+    ranking.add(&policy, &all[2], NOW);
+    assert!(policy.judge(1, &ranking, &all[0], NOW).keeps);
+}
