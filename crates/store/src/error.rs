@@ -194,6 +194,8 @@ fn some(digests: &[Digest]) -> String {
 }
 
 const SHOWN: usize = 10;
+/// The problem of an object that an object store does not have.
+pub(crate) const MISSING: &str = "it is missing; run `verify-store`";
 
 impl Error {
     /// Maps a failure of the file system; a full disk or an exhausted quota is [`Error::Full`].
@@ -207,6 +209,15 @@ impl Error {
             operation,
             path: path.to_owned(),
             source,
+        }
+    }
+
+    /// Whether it says that an object is not there at all, which for a moment can be said of all of them.
+    pub(crate) fn is_missing(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            Self::Damaged { problem, .. } => problem == MISSING,
+            _ => false,
         }
     }
 

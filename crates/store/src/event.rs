@@ -205,10 +205,15 @@ async fn hear(db: &Db, context: &Context, epoch: &str) -> Result<(), Error> {
     }
 }
 
-/// Looks how far the events reach. A store that was restored meanwhile is another one: this process must begin anew.
+/// Looks how far the events reach. A store that was restored meanwhile is another one, and one that was carried away is
+/// none: this process must begin anew.
 async fn catch_up(db: &Db, context: &Context, epoch: &str) -> Result<(), Error> {
     if meta::find_epoch(db).await?.as_deref() != Some(epoch) {
         db.stop("the database was restored or exchanged under the running server");
+        return Err(Error::Stopped);
+    }
+    if crate::transfer::is_moved(db).await? {
+        db.stop("the store was carried to another place");
         return Err(Error::Stopped);
     }
     context.committed(bounds(db).await?.newest);

@@ -112,6 +112,10 @@ pub(crate) const OBJECT_STORE_NAMES: &[&str] = &[
     "outbox.after_abort",
 ];
 
+/// Points that are passed only where the database is PostgreSQL.
+#[cfg(feature = "failpoints")]
+pub(crate) const POSTGRES_NAMES: &[&str] = &["carry.after_leaving"];
+
 /// Passes the point of this name.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
@@ -127,7 +131,9 @@ pub(crate) fn failpoint(name: &str) {
     static PASSED: AtomicU64 = AtomicU64::new(0);
 
     debug_assert!(
-        NAMES.contains(&name) || OBJECT_STORE_NAMES.contains(&name),
+        [NAMES, OBJECT_STORE_NAMES, POSTGRES_NAMES]
+            .iter()
+            .any(|names| names.contains(&name)),
         "`{name}` is not in the list of failpoints"
     );
     let armed = ARMED.get_or_init(|| {

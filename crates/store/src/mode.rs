@@ -1,7 +1,8 @@
 //! Read-only mode: what may be written now, and why not.
 //!
 //! The store is read-only by command (a row of `meta`, so every replica follows with its next transaction), or by itself:
-//! while the data directory is full, and while PostgreSQL is in recovery. The command is checked **inside** each
+//! while the data directory is full, while PostgreSQL is in recovery, and while it is being carried to another place
+//! ([`crate::transfer`]), when not even the store's own work goes on. The command is checked **inside** each
 //! transaction: on SQLite by the one writer, on PostgreSQL under a shared advisory lock that the command takes alone,
 //! so when the command is answered no write of a user is under way or comes after it.
 //!
@@ -23,14 +24,14 @@ use crate::sql::{Body, Tx, WriteKind, statements};
 use crate::store::Store;
 
 statements! {
-    COMMANDED = "SELECT value FROM meta WHERE key = 'mode'";
+    MARKS = "SELECT key, value FROM meta WHERE key IN ('leaving', 'mode', 'moved') ORDER BY key";
     COMMAND = "INSERT INTO meta (key, value) VALUES ('mode', $1) \
                ON CONFLICT (key) DO UPDATE SET value = excluded.value";
     NORMAL = "DELETE FROM meta WHERE key = 'mode'";
 }
 
-/// The statement that every writing transaction of a user begins with.
-pub(crate) static CHECK: &crate::sql::Statement = &COMMANDED;
+/// The statement that every transaction begins with: what the store is marked with, the key and its value.
+pub(crate) static CHECK: &crate::sql::Statement = &MARKS;
 
 /// What a store may write now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -82,6 +83,18 @@ impl Commanded {
         })
     }
 
+    /// What a mark says: the command, or that the store is being carried away, which nobody can write to either.
+    fn of_mark(key: &str, value: &str) -> Self {
+        if key == MODE {
+            return Self::parse(value);
+        }
+        Self {
+            text: crate::transfer::GOING.to_owned(),
+            by: "system:migrate".to_owned(),
+            at: 0,
+        }
+    }
+
     fn reason(&self) -> String {
         if self.text.is_empty() {
             "an operator has stopped writes for now, try again later".to_owned()
@@ -94,13 +107,17 @@ impl Commanded {
     }
 }
 
-/// Refuses a transaction of this kind when the row of the commanded mode is there.
-pub(crate) fn check_command(kind: WriteKind, row: Option<&str>) -> Result<(), Error> {
-    match (kind, row) {
-        (WriteKind::User | WriteKind::Delete, Some(text)) => Err(Error::ReadOnly {
-            reason: Commanded::parse(text).reason(),
+/// Refuses a transaction of this kind where the store has this mark. A command leaves the store's own work alone; where
+/// the store is being carried away, that would be lost too, or take away what the new place has.
+pub(crate) fn check_mark(kind: WriteKind, key: &str, value: &str) -> Result<(), Error> {
+    match kind {
+        WriteKind::User | WriteKind::Delete => Err(Error::ReadOnly {
+            reason: Commanded::of_mark(key, value).reason(),
         }),
-        _ => Ok(()),
+        WriteKind::Maintenance if key != MODE => {
+            Err(Error::Moving(crate::transfer::GOING.to_owned()))
+        }
+        WriteKind::Maintenance | WriteKind::Place => Ok(()),
     }
 }
 
@@ -343,9 +360,9 @@ impl Store {
     /// [`Error::Database`], [`Error::Stopped`].
     pub async fn mode(&self) -> Result<Mode, Error> {
         let inner = &self.0;
-        let rows = inner.db.read(&COMMANDED, &[]).await?;
+        let rows = inner.db.read(&MARKS, &[]).await?;
         let commanded = match rows.first() {
-            Some(row) => Some(Commanded::parse(&row.text(0)?)),
+            Some(row) => Some(Commanded::of_mark(&row.text(0)?, &row.text(1)?)),
             None => None,
         };
         inner.gate.note_commanded(commanded.clone());
@@ -433,6 +450,8 @@ impl Body for Set {
     }
 }
 
+/// The mark of the command; the others are those of a transfer.
+const MODE: &str = "mode";
 const MAX_RESERVE: u64 = 16 << 20;
 const MAX_FLOOR: u64 = 128 << 20;
 /// Files that the file system must be able to make.
@@ -476,14 +495,28 @@ mod tests {
     fn a_command_refuses_users_and_deletions() {
         let row = r#"{"text":"moving house","by":"user:root","at":1}"#;
         for kind in [WriteKind::User, WriteKind::Delete] {
-            let refused = check_command(kind, Some(row));
+            let refused = check_mark(kind, MODE, row);
             assert!(
                 matches!(&refused, Err(Error::ReadOnly { reason }) if reason.contains("moving house"))
             );
-            assert!(check_command(kind, None).is_ok());
         }
-        assert!(check_command(WriteKind::Maintenance, Some(row)).is_ok());
+        assert!(check_mark(WriteKind::Maintenance, MODE, row).is_ok());
         // What cannot be read still holds.
-        assert!(check_command(WriteKind::User, Some("?")).is_err());
+        assert!(check_mark(WriteKind::User, MODE, "?").is_err());
+    }
+
+    #[test]
+    fn a_store_that_is_carried_away_takes_nothing_from_anybody() {
+        for key in [crate::transfer::LEAVING, crate::transfer::MOVED] {
+            for kind in [WriteKind::User, WriteKind::Delete] {
+                let refused = check_mark(kind, key, "x");
+                assert!(
+                    matches!(&refused, Err(Error::ReadOnly { reason }) if reason.contains("another place"))
+                );
+            }
+            let refused = check_mark(WriteKind::Maintenance, key, "x");
+            assert!(matches!(refused, Err(Error::Moving(_))));
+            assert!(check_mark(WriteKind::Place, key, "x").is_ok());
+        }
     }
 }

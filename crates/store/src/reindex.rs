@@ -28,6 +28,7 @@ use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::meta;
 use crate::model::Options;
 use crate::sql::{Body, Context, Db, Tx, WriteKind, statements};
+use crate::transfer;
 
 use index::Index;
 
@@ -41,6 +42,9 @@ statements! {
                VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (repository_id, name) DO NOTHING";
     ADD_HISTORY = "INSERT INTO tag_event (repository_id, name, generation, digest, actor, request, at) \
                    VALUES ($1, $2, $3, $4, $5, '', $6) ON CONFLICT (repository_id, name, generation) DO NOTHING";
+    GET_JOURNAL = "SELECT value FROM meta WHERE key = 'migration'";
+    BEGIN_JOURNAL = "INSERT INTO meta (key, value) VALUES ('migration', 'reindex')";
+    END_JOURNAL = "DELETE FROM meta WHERE key = 'migration'";
     FORGET_EVENTS = "DELETE FROM event";
     PRUNED = "UPDATE counter SET value = (SELECT n.value FROM counter n WHERE n.name = 'event') \
               WHERE name = 'event_pruned'";
@@ -94,11 +98,12 @@ pub async fn reindex(
     reindex_at(&Location::embedded(data), options, progress).await
 }
 
-/// The same for a store whose database is elsewhere: the database is empty, and no replica runs.
+/// The same for a store whose database is elsewhere: the database is empty, and no replica runs. Until the end the
+/// database has a journal and opens as no store; the next run empties it and begins again.
 ///
 /// # Errors
-/// As [`reindex`]; [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it cannot be
-/// reached.
+/// As [`reindex`]; [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it or the
+/// object store cannot be reached or answers wrongly; [`Error::Moving`] when `migrate` has begun to fill it.
 pub async fn reindex_at(
     location: &Location,
     options: &Options,
@@ -194,12 +199,8 @@ async fn build(
     progress: Progress,
 ) -> Result<Reindexed, Error> {
     let mut report = Reindexed::default();
+    db.write(Begin).await?;
     meta::epoch(db).await?;
-    if !db.scan(&ANY_REPOSITORY, Vec::new()).await?.is_empty() {
-        return Err(Error::Database(
-            "the database holds repositories, so it is not lost".to_owned(),
-        ));
-    }
     let index = Index::read(shelf, &mut report).await?;
     blobs::add_objects(db, objects, &index, options.lease, &progress, &mut report).await?;
     blobs::add_small_blobs(db, shelf, &index, options.lease, &progress, &mut report).await?;
@@ -218,7 +219,33 @@ async fn build(
 /// Tells how far the work is.
 type Progress = Arc<dyn Fn(ReindexProgress) + Send + Sync>;
 
-/// Takes back what putting all this in told of: nobody pushed.
+/// Writes the journal into an empty database; empties one that an earlier run did not fill to its end.
+struct Begin;
+
+impl Body for Begin {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        if let Some(row) = tx.query_opt(&GET_JOURNAL, &[]).await? {
+            if row.text(0)? != transfer::REINDEX {
+                return Err(Error::Moving(
+                    "the database is being filled by `longshore migrate`, choose an empty one"
+                        .to_owned(),
+                ));
+            }
+            return transfer::empty(tx).await;
+        }
+        if tx.query_opt(&ANY_REPOSITORY, &[]).await?.is_some() {
+            return Err(Error::Database(
+                "the database holds repositories, so it is not lost".to_owned(),
+            ));
+        }
+        tx.execute(&BEGIN_JOURNAL, &[]).await.map(drop)
+    }
+}
+
+/// Takes back what putting all this in told of: nobody pushed. From then on the database opens.
 struct Finish(String);
 
 impl Body for Finish {
@@ -229,6 +256,7 @@ impl Body for Finish {
         tx.execute(&FORGET_EVENTS, &[]).await?;
         tx.execute(&PRUNED, &[]).await?;
         tx.execute(&FORGET_AUDIT, &[]).await?;
+        tx.execute(&END_JOURNAL, &[]).await?;
         audit::allowed(tx, &crate::adopt::actor(), "reindex", self.0.clone()).await
     }
 }

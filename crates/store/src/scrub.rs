@@ -5,15 +5,18 @@
 //! of its own that holds only when the row still names the bytes that were read.
 //!
 //! A blob is marked `suspect` after two readings that both tell of damage: another digest, another length, no object.
-//! An object that cannot be read now (an error of the disk, a store that does not answer) gives no verdict. A suspect
+//! Where an object is missing, or is another one in an object store, minutes lie between the two; while several in a row
+//! are missing nothing is marked at all ([`doubt`]). An object that cannot be read now (an error of the disk, a store
+//! that does not answer, or answers 404 without saying that of the object) gives no verdict. A suspect
 //! blob is absent to HEAD, so clients push it again, which heals it; until then it is read again now and then, and what
 //! was restored by hand is taken back.
 
+mod doubt;
 mod reading;
 mod status;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use oci::Digest;
@@ -31,6 +34,7 @@ pub(crate) use reading::{Verdict, hash};
 pub(crate) use status::Counters;
 pub use status::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 
+use doubt::{Doubts, Next};
 use reading::Pace;
 
 statements! {
@@ -44,7 +48,7 @@ statements! {
                        AND (checking_until IS NULL OR checking_until < $1) \
                    ORDER BY id LIMIT 16 {skip locked}";
     CLAIM = "UPDATE blob SET checking_until = $2 WHERE id = $1";
-    LOOK = "SELECT digest, size, body, storage_key FROM blob WHERE id = $1";
+    LOOK = "SELECT digest, size, body, storage_key, state FROM blob WHERE id = $1";
     TAKE = "SELECT digest, storage_key, state FROM blob WHERE id = $1 {for update}";
     JUDGE = "UPDATE blob SET checked_at = $2, checking_until = NULL, state = $3 WHERE id = $1";
     GET = "SELECT value FROM meta WHERE key = $1";
@@ -134,6 +138,15 @@ impl Store {
     /// Claims what is due and reads it; how many blobs and manifests were looked at.
     async fn scrub_round(&self, pace: &mut Pace) -> Result<u64, Error> {
         let inner = &self.0;
+        let again = self.doubts().due(inner.clock.now());
+        let mut looked_at = 0;
+        for id in again {
+            self.scrub_blob(id, pace).await?;
+            looked_at += 1;
+            if self.doubts().stands_still() {
+                break;
+            }
+        }
         let due_before = due_before(inner).await?;
         let blobs = inner
             .db
@@ -144,22 +157,68 @@ impl Store {
             .await?;
         for &id in &blobs {
             self.scrub_blob(id, pace).await?;
+            looked_at += 1;
+            // The claims of the rest run out. The next round reads others: one that is whole ends the standstill.
+            if self.doubts().stands_still() {
+                break;
+            }
         }
         let manifests = inner.db.write(NextManifests { due_before }).await?;
         for &id in &manifests {
             self.scrub_manifest(id, pace).await?;
         }
-        Ok((blobs.len() + manifests.len()) as u64)
+        if self.doubts().stands_still() {
+            return Err(Error::Unavailable {
+                what: match inner.objects.files() {
+                    Some(_) => "the directory of objects",
+                    None => "the object store",
+                },
+                problem: format!(
+                    "{} blobs in a row are missing there, so none of them is marked as damaged; look whether it is the \
+                     right place and complete, and run `verify-store`",
+                    doubt::SEVERAL
+                ),
+            });
+        }
+        Ok(looked_at + manifests.len() as u64)
+    }
+
+    fn doubts(&self) -> MutexGuard<'_, Doubts> {
+        let doubts = &self.0.scrub.doubts;
+        doubts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn scrub_blob(&self, id: i64, pace: &mut Pace) -> Result<(), Error> {
         let inner = &self.0;
         let Some(first) = Subject::look(inner, id).await? else {
+            self.doubts().forget(id);
             return Ok(());
         };
         pace.take(OVERHEAD).await;
         let mut verdict = first.read(inner, pace).await;
-        if let Verdict::Damaged(_) = verdict {
+        let doubtful = match &verdict {
+            Verdict::Missing(_) => true,
+            Verdict::Damaged(_) => inner.objects.files().is_none(),
+            Verdict::Sound | Verdict::Unknown(_) => false,
+        };
+        if first.suspect {
+            // What is marked already is in no doubt.
+        } else if let (Verdict::Damaged(problem) | Verdict::Missing(problem), true, Some(key)) =
+            (&verdict, doubtful, &first.key)
+        {
+            let missing = matches!(verdict, Verdict::Missing(_));
+            let now = inner.clock.now();
+            let next = self.doubts().note(id, Some(key), missing, now);
+            match next {
+                Next::Judge => {}
+                Next::Nothing => return Ok(()),
+                Next::Again(at) => {
+                    tracing::warn!(digest = %first.digest, problem, "a blob looks damaged, it is read again in minutes");
+                    let until = at.plus(CLAIM_LASTS);
+                    return inner.db.write(Hold { id, until }).await;
+                }
+            }
+        } else if let Verdict::Damaged(_) | Verdict::Missing(_) = verdict {
             // Once more, from the row on: it may have been healed, or be gone, while it was read.
             match Subject::look(inner, id).await? {
                 Some(second) if second.key == first.key => {
@@ -171,8 +230,13 @@ impl Store {
         }
         let counters = &inner.scrub;
         let damage = match verdict {
-            Verdict::Sound => None,
-            Verdict::Damaged(problem) => Some(problem),
+            Verdict::Sound => {
+                if first.key.is_some() {
+                    self.doubts().sound(id);
+                }
+                None
+            }
+            Verdict::Damaged(problem) | Verdict::Missing(problem) => Some(problem),
             Verdict::Unknown(error) => {
                 // The claim runs out, then it is tried again.
                 counters.unreadable.fetch_add(1, Ordering::Relaxed);
@@ -268,6 +332,8 @@ struct Subject {
     size: u64,
     body: Option<Vec<u8>>,
     key: Option<String>,
+    /// It is marked as damaged.
+    suspect: bool,
 }
 
 impl Subject {
@@ -280,6 +346,7 @@ impl Subject {
                     size: row.u64(1)?,
                     body: row.opt_bytes(2)?,
                     key: row.opt_text(3)?,
+                    suspect: row.text(4)? != "ok",
                 })
             })
             .transpose()
@@ -347,6 +414,23 @@ impl Body for ClaimBlobs {
             tx.execute(&CLAIM, &[(*id).into(), until.into()]).await?;
         }
         Ok(ids)
+    }
+}
+
+/// Keeps a blob claimed for the one that doubts it.
+struct Hold {
+    id: i64,
+    until: Timestamp,
+}
+
+impl Body for Hold {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        tx.execute(&CLAIM, &[self.id.into(), self.until.into()])
+            .await
+            .map(drop)
     }
 }
 

@@ -221,8 +221,11 @@ pub(crate) enum WriteKind {
     /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
     /// the mode was commanded.
     Delete,
-    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room.
+    /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room, and is refused
+    /// where the store is being carried away or was.
     Maintenance,
+    /// That of a transfer, which says where the store is: never refused.
+    Place,
 }
 
 /// A transaction that is running.

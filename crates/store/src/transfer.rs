@@ -5,6 +5,13 @@
 //! one. That is right only when nothing is written at the old place any more, so the last pass wants it stopped, and
 //! at its end the old place is marked: it opens no more, until [`reopen`] says so.
 //!
+//! A data directory has a lock that keeps others out while the last pass lasts. PostgreSQL has none: a replica that
+//! somebody starts again, or that was cut off and comes back, would take writes that are in no snapshot. So a source
+//! there is marked **before** the snapshot ([`LEAVING`]), held off against the transactions of users; with the mark it
+//! opens as no store, and a replica that runs has every transaction refused, its collector's too, because each begins
+//! with a look at the mark. A run that fails takes the mark off; after one that was killed the next run goes on with
+//! it, or [`reopen`] gives the source back.
+//!
 //! Objects are most of the work and may be brought ahead while the source is in use, as often as wished
 //! ([`Settings::ahead`]). What was brought is known by its row at the destination, so a run that was killed goes on.
 //! The tables come in the last pass, out of one snapshot, and all anew when that was killed. Until the end the
@@ -25,9 +32,9 @@ use serde_json::{Value as Json, json};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::location::Location;
-use crate::sql::{Body, Statement, Tx, WriteKind};
+use crate::sql::{Body, Tx, WriteKind};
 
-pub(crate) use tables::{JOURNAL, MOVED};
+pub(crate) use tables::{JOURNAL, LEAVING, MOVED, REINDEX, empty};
 
 use end::{Destination, Source};
 use objects::Moving;
@@ -40,6 +47,9 @@ pub struct Settings {
     pub ahead: bool,
     /// Count, write nothing.
     pub dry_run: bool,
+    /// Blobs that are missing or damaged at the source, though their rows say that they are sound, are told of and let
+    /// go. Without it nothing comes to its end while there are such.
+    pub accept_damaged: bool,
     /// How much is looked at again at the end.
     pub verify: Verify,
     /// How many objects move at one time; 0 counts as 1.
@@ -51,6 +61,7 @@ impl Default for Settings {
         Self {
             ahead: false,
             dry_run: false,
+            accept_damaged: false,
             verify: Verify::Size,
             parallel: 4,
         }
@@ -118,43 +129,71 @@ pub async fn migrate(from: &Location, to: &Location, settings: Settings) -> Resu
             "source and destination have the same database, choose another one".to_owned(),
         ));
     }
-    let source = Source::open(from, !settings.ahead && !settings.dry_run).await?;
+    let last = !settings.ahead && !settings.dry_run;
+    let source = Source::open(from, last).await?;
+    let mark = end::leaving(to)?;
+    let held = match last {
+        true => source.leave(&mark).await,
+        false => Ok(()),
+    };
+    let outcome = match held {
+        Ok(()) => fill(&source, (from, to), settings, &mark, &mut report).await,
+        Err(error) => Err(error),
+    };
+    if last && !report.finished {
+        source.stay(&mark).await;
+    }
+    let retired = outcome.as_ref().is_ok_and(|retires| *retires);
+    // What a run that was killed left to do is done by the next one.
+    let closed = if report.finished && retired {
+        source.retire().await
+    } else {
+        source.close().await
+    };
+    outcome?;
+    closed?;
+    Ok(report)
+}
+
+/// Fills the destination. `true`: the database of the source is to be put aside when all is done.
+async fn fill(
+    source: &Source,
+    (from, to): (&Location, &Location),
+    settings: Settings,
+    mark: &str,
+    report: &mut Report,
+) -> Result<bool, Error> {
     if settings.dry_run {
         let mut tx = source.snapshot().await?;
         for table in tables::TABLES {
             let rows = tables::count(&mut tx, table.name, "").await?;
             report.rows.insert(table.name, rows);
         }
-        return Ok(report);
+        return Ok(false);
     }
     if settings.ahead && report.objects_stay {
         return Err(Error::Moving(
             "the objects stay where they are, there is nothing to bring ahead".to_owned(),
         ));
     }
-    let destination = Destination::open(to, &source).await?;
+    let destination = Destination::open(to, source).await?;
     let outcome = if destination.complete {
         report.finished = true;
         Ok(())
     } else {
-        carry(&source, &destination, settings, &mut report).await
+        carry(source, &destination, settings, mark, report).await
     };
     let shared = destination.is_postgres && end::is_root_of(from, &to.objects);
     let closed = destination.close().await;
-    // What a run that was killed left to do is done by the next one.
-    let source_closed = if report.finished && shared {
-        source.retire().await
-    } else {
-        source.close().await
-    };
-    outcome.and(closed).and(source_closed)?;
-    Ok(report)
+    outcome.and(closed)?;
+    Ok(shared)
 }
 
 async fn carry(
     source: &Source,
     destination: &Destination,
     settings: Settings,
+    mark: &str,
     report: &mut Report,
 ) -> Result<(), Error> {
     let carrying = Carrying {
@@ -168,6 +207,7 @@ async fn carry(
         db: &destination.db,
         objects_stay: report.objects_stay,
         parallel: settings.parallel,
+        accept_damaged: settings.accept_damaged,
     };
     // Rows of a last pass that was killed name blobs that may be gone.
     carrying.wipe().await?;
@@ -175,7 +215,7 @@ async fn carry(
     check_schema(&mut from, &mut destination.snapshot().await?).await?;
     moving.run(&mut from, report).await?;
     failpoint("carry.after_objects");
-    if settings.ahead {
+    if settings.ahead || !report.problems.is_empty() {
         return Ok(());
     }
     carrying.carry(&mut from, report).await?;
@@ -188,8 +228,8 @@ async fn carry(
     objects::verify(
         &mut to,
         &destination.objects,
-        whole,
-        settings.parallel,
+        &settings,
+        report.objects_stay && settings.accept_damaged,
         report,
     )
     .await?;
@@ -200,52 +240,47 @@ async fn carry(
     destination.finish_directory()?;
     failpoint("carry.after_format");
     // From here on the old place opens no more; the new one opens when its journal is gone.
-    source
-        .db
-        .write(Mark {
-            key: MOVED,
-            value: Some(destination.name.clone()),
-        })
-        .await?;
+    source.leave_for_good(&destination.name, mark).await?;
     failpoint("carry.after_moved");
-    destination
-        .db
-        .write(Mark {
-            key: JOURNAL,
-            value: None,
-        })
-        .await?;
+    destination.db.write(Whole).await?;
     report.finished = true;
     Ok(())
 }
 
-/// Takes the mark off a store that was carried away, so that it opens again. What was written at the new place is not
-/// in it, and both then go on with the same event numbers: one of the two must be thrown away. `false` when there is no
-/// mark.
+/// Takes the mark off a store that was carried away, or that a run which was killed began to carry away, so that it opens
+/// again. What was written at the new place is not in it, and both then go on with the same event numbers: one of the two
+/// must be thrown away. `false` when there is no mark.
 ///
 /// # Errors
 /// As for opening the store.
 pub async fn reopen(location: &Location) -> Result<bool, Error> {
     let source = Source::open(location, true).await?;
-    let was = source.moved().await?.is_some();
-    source
-        .db
-        .write(Mark {
-            key: MOVED,
-            value: None,
-        })
-        .await?;
+    let was = source.reopen().await?;
     source.close().await?;
     Ok(was)
 }
 
 /// Refuses a store that is being filled, or that was carried away.
 pub(crate) async fn check_open(db: &crate::sql::Db) -> Result<(), Error> {
-    if end::mark(db, JOURNAL).await?.is_some() {
-        return Err(Error::Moving(
-            "this store is being filled by `longshore migrate`, run that again to its end"
-                .to_owned(),
-        ));
+    match end::mark(db, JOURNAL).await?.as_deref() {
+        Some(REINDEX) => {
+            return Err(Error::Moving(
+                "this store is being filled by `longshore reindex`, run that again to its end"
+                    .to_owned(),
+            ));
+        }
+        Some(_) => {
+            return Err(Error::Moving(
+                "this store is being filled by `longshore migrate`, run that again to its end"
+                    .to_owned(),
+            ));
+        }
+        None => {}
+    }
+    if end::mark(db, LEAVING).await?.is_some() {
+        return Err(Error::Moving(format!(
+            "{GOING}; run `longshore migrate` again to its end, or give it up with `longshore migrate --reopen`"
+        )));
     }
     if let Some(place) = end::mark(db, MOVED).await? {
         return Err(Error::Moving(format!(
@@ -272,24 +307,23 @@ async fn check_schema(from: &mut Tx, to: &mut Tx) -> Result<(), Error> {
     Ok(())
 }
 
-/// Sets or removes a fact of a place.
-struct Mark {
-    key: &'static str,
-    value: Option<String>,
+/// Whether the store was carried away meanwhile, for a process that has it open.
+pub(crate) async fn is_moved(db: &crate::sql::Db) -> Result<bool, Error> {
+    Ok(end::mark(db, MOVED).await?.is_some())
 }
 
-impl Body for Mark {
+/// What is said of a store that is being carried away, or was.
+pub(crate) const GOING: &str = "this store is being carried to another place";
+
+/// Removes the journal: the destination is a store from then on.
+struct Whole;
+
+impl Body for Whole {
     type Output = ();
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        let remove = Statement::made("DELETE FROM meta WHERE key = $1".to_owned());
-        tx.execute(remove, &[self.key.into()]).await?;
-        if let Some(value) = &self.value {
-            let add = Statement::made("INSERT INTO meta (key, value) VALUES ($1, $2)".to_owned());
-            tx.execute(add, &[self.key.into(), value.into()]).await?;
-        }
-        Ok(())
+        end::set(tx, JOURNAL, None).await
     }
 }
 

@@ -17,7 +17,8 @@ use crate::place;
 ///
 /// First bring the objects with `--ahead` while the server runs, as often as you like. Then stop it and run the same
 /// command without `--ahead`. A run that was broken off is simply started again. At the end the new place is compared
-/// with the old one, and the old one opens no more.
+/// with the old one, and the old one opens no more. While a blob cannot be read at the old place nothing comes to its end,
+/// and the old place stays in use.
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// Where from: a configuration file, or a data directory.
@@ -32,15 +33,19 @@ pub(crate) struct Migrate {
     /// Count what would be carried, write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Let go what is missing or damaged at the source: it is listed, and damaged at the new place until somebody pushes it
+    /// again.
+    #[arg(long)]
+    accept_damaged: bool,
     /// What is looked at again at the end.
     #[arg(long, value_name = "WHAT", default_value = "size")]
     verify: Look,
     /// How many objects move at one time.
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     parallel: usize,
-    /// Let a store open again that was carried away, in place of the new one: a configuration file, or a data
-    /// directory. What was written at the new place is not in it.
-    #[arg(long, value_name = "FILE|DIR", conflicts_with_all = ["from", "to", "ahead", "dry_run"])]
+    /// Let a store open again that was carried away, in place of the new one, or that a run which was killed began to
+    /// carry away: a configuration file, or a data directory. What was written at the new place is not in it.
+    #[arg(long, value_name = "FILE|DIR", conflicts_with_all = ["from", "to", "ahead", "dry_run", "accept_damaged"])]
     reopen: Option<PathBuf>,
 }
 
@@ -71,6 +76,7 @@ impl Migrate {
         let settings = Settings {
             ahead: self.ahead,
             dry_run: self.dry_run,
+            accept_damaged: self.accept_damaged,
             verify: match self.verify {
                 Look::Size => Verify::Size,
                 Look::Full => Verify::Full,
@@ -121,6 +127,10 @@ impl Migrate {
             }
             if report.finished {
                 output::line("done: start the server at the new place; the old one opens no more");
+            } else if !report.problems.is_empty() {
+                output::line(
+                    "not done: the old place stays in use; mend what is listed, then run this again",
+                );
             }
         }
         Ok(if report.problems.is_empty() {

@@ -2,10 +2,13 @@
 //!
 //! A blob is put in with no holder and is a candidate of the collector from the start: what no manifest comes to name
 //! goes after a lease. Two objects of one digest are one blob; the second goes to the outbox.
+//!
+//! An object that went away, or is not what it was, is told of and left out. One that cannot be read now, because the
+//! store or the disk fails, ends the run without a database: a later one finds it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +20,7 @@ use super::index::Index;
 use super::{ADD_BLOB, BATCH, Progress, ReindexProgress, Reindexed};
 use crate::blob::StorageKey;
 use crate::blob::objects::Objects;
+use crate::blob::s3::pause;
 use crate::collect::{self, Kind};
 use crate::error::Error;
 use crate::export::record::Record;
@@ -60,8 +64,10 @@ pub(super) async fn add_objects(
         let found = receive.recv().await;
         let last = found.is_none();
         match found {
-            Some(Ok(object)) => batch.push(object),
-            Some(Err(problem)) => report.problems.push(problem),
+            Some(Ok(Ok(object))) => batch.push(object),
+            Some(Ok(Err(problem))) => report.problems.push(problem),
+            // What cannot be read now is not lost: a database without it would say so for good.
+            Some(Err(error)) => return Err(error),
             None => {}
         }
         if batch.len() >= BATCH || (last && !batch.is_empty()) {
@@ -89,46 +95,62 @@ struct Object {
     size: u64,
 }
 
-/// The digest of an object: the one that manifests name it by, else the usual one.
+/// An object, or the sentence that says why it is none. An error is a failure that may pass.
 async fn identify(
     objects: &Objects,
     path: PathBuf,
     key: Option<StorageKey>,
     other: &HashSet<Digest>,
-) -> Result<Object, String> {
+) -> Result<Result<Object, String>, Error> {
     let Some(key) = key else {
-        return Err(format!("`{}` is no object", path.display()));
+        return Ok(Err(format!("`{}` is no object", path.display())));
     };
-    let named = async {
-        let size = match objects {
-            Objects::Directory(files) => std::fs::metadata(files.path(&key))
-                .map_err(|error| Error::io("look at", &path, error))?
-                .len(),
-            Objects::S3(s3) => s3
-                .size(&key)
-                .await?
-                .ok_or_else(|| Error::damaged(&path, "it went away"))?,
+    let mut attempt = 0;
+    loop {
+        let error = match name(objects, &path, &key, other).await {
+            Ok((digest, size)) => return Ok(Ok(Object { key, digest, size })),
+            Err(error) => error,
         };
-        if !other.is_empty() {
-            let long = objects.digest(&key, size, Algorithm::Sha512).await?;
-            if other.contains(&long) {
-                return Ok((long, size));
-            }
+        if pause(attempt).await {
+            attempt += 1;
+            continue;
         }
-        let digest = objects.digest(&key, size, Algorithm::Sha256).await?;
-        Ok((digest, size))
-    };
-    match named.await {
-        Ok((digest, size)) => Ok(Object { key, digest, size }),
-        Err(error) => {
-            let error: Error = error;
-            Err(format!(
+        return if error.is_missing() || matches!(error, Error::Damaged { .. }) {
+            Ok(Err(format!(
                 "object `{}` cannot be read: {}",
                 path.display(),
                 crate::backup::chain(&error)
-            ))
+            )))
+        } else {
+            Err(error)
+        };
+    }
+}
+
+/// The digest of an object: the one that manifests name it by, else the usual one.
+async fn name(
+    objects: &Objects,
+    path: &Path,
+    key: &StorageKey,
+    other: &HashSet<Digest>,
+) -> Result<(Digest, u64), Error> {
+    let size = match objects {
+        Objects::Directory(files) => std::fs::metadata(files.path(key))
+            .map_err(|error| Error::io("look at", path, error))?
+            .len(),
+        Objects::S3(s3) => s3
+            .size(key)
+            .await?
+            .ok_or_else(|| Error::damaged(path, "it went away"))?,
+    };
+    if !other.is_empty() {
+        let long = objects.digest(key, size, Algorithm::Sha512).await?;
+        if other.contains(&long) {
+            return Ok((long, size));
         }
     }
+    let digest = objects.digest(key, size, Algorithm::Sha256).await?;
+    Ok((digest, size))
 }
 
 struct AddObjects {

@@ -15,6 +15,8 @@ pub(crate) enum Verdict {
     Sound,
     /// What is wrong.
     Damaged(String),
+    /// There is no object: how that is known.
+    Missing(String),
     /// It could not be read; that says nothing of what is stored.
     Unknown(Error),
 }
@@ -23,9 +25,10 @@ impl Verdict {
     /// Tells damage from a failure that may pass.
     pub(crate) fn of_failure(error: Error) -> Self {
         match &error {
+            Error::Damaged { problem, .. } if error.is_missing() => Self::Missing(problem.clone()),
             Error::Damaged { problem, .. } => Self::Damaged(problem.clone()),
-            Error::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                Self::Damaged(format!("`{}` is missing", path.display()))
+            Error::Io { path, .. } if error.is_missing() => {
+                Self::Missing(format!("`{}` is missing", path.display()))
             }
             _ => Self::Unknown(error),
         }
@@ -185,7 +188,7 @@ mod tests {
                 path: "x".into(),
                 source: std::io::ErrorKind::NotFound.into(),
             }),
-            Verdict::Damaged(_)
+            Verdict::Missing(_)
         ));
     }
 }

@@ -1,5 +1,6 @@
 //! What the scrub tells of itself: how far all replicas are, from the rows, and what this process did, from counters.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -7,8 +8,8 @@ use oci::{Digest, RepositoryName};
 use tokio::sync::Notify;
 
 use super::{
-    COUNT_DAMAGED, COUNT_SUSPECT, DAMAGED_LIST, GET, HELD_BY, LEFT, NEEDED_BY, OLDEST, Pass,
-    SUSPECTS, due_before,
+    COUNT_DAMAGED, COUNT_SUSPECT, DAMAGED_LIST, Doubts, GET, HELD_BY, LEFT, NEEDED_BY, OLDEST,
+    Pass, SUSPECTS, due_before,
 };
 use crate::clock::Timestamp;
 use crate::error::Error;
@@ -77,6 +78,8 @@ pub(crate) struct Counters {
     pub(super) manifests: AtomicU64,
     pub(super) damaged: AtomicU64,
     pub(super) unreadable: AtomicU64,
+    /// What one reading alone found.
+    pub(super) doubts: Mutex<Doubts>,
     /// Wakes the worker.
     pub(super) wake: Notify,
 }

@@ -458,13 +458,16 @@ impl Writer {
 
     /// Asks inside the transaction whether one of this kind may run: what was commanded before is seen.
     fn may_run(&self, kind: WriteKind) -> Result<(), Error> {
-        if kind == WriteKind::Maintenance {
+        // The lock of the directory keeps a transfer and everybody else apart.
+        if matches!(kind, WriteKind::Maintenance | WriteKind::Place) {
             return Ok(());
         }
         self.tx.context.gate.check(kind)?;
         let rows = query(self.connection(), mode::CHECK, &[])?;
-        let row = rows.first().map(|row| row.text(0)).transpose()?;
-        mode::check_command(kind, row.as_deref())
+        for row in &rows {
+            mode::check_mark(kind, &row.text(0)?, &row.text(1)?)?;
+        }
+        Ok(())
     }
 
     fn batch(&self, text: &str) -> Result<(), Error> {

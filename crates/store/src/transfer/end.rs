@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::tables::{self, JOURNAL, MOVED, journal};
+use super::tables::{self, JOURNAL, LEAVING, MOVED, journal};
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
 use crate::blocking::blocking;
+use crate::clock::random_name;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -24,6 +25,8 @@ pub(super) struct Source {
     locks: Mutex<Vec<Directory>>,
     /// The data directory of its SQLite database.
     root: Option<PathBuf>,
+    /// Its PostgreSQL database.
+    url: Option<String>,
 }
 
 /// The database of a source. That of a data directory which is in use is read and never written.
@@ -44,18 +47,18 @@ impl Reading {
 impl Source {
     /// `last`: nobody else may use it.
     pub(super) async fn open(location: &Location, last: bool) -> Result<Self, Error> {
-        let (db, mut locks, root) = match &location.database {
+        let (db, mut locks, root, url) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
                 let path = root.clone();
                 let (db, lock) = blocking(move || open_sqlite(&path, last)).await?;
-                (db, Vec::from_iter(lock), Some(root.clone()))
+                (db, Vec::from_iter(lock), Some(root.clone()), None)
             }
             DatabaseLocation::Postgres(url) => {
                 let db = Db::open_postgres(url, CONNECTIONS, Context::new()).await?;
                 if last {
                     alone(&db).await?;
                 }
-                (Reading::Open(db), Vec::new(), None)
+                (Reading::Open(db), Vec::new(), None, Some(url.clone()))
             }
         };
         if let ObjectLocation::Directory(directory) = &location.objects
@@ -71,6 +74,7 @@ impl Source {
             epoch: String::new(),
             locks: Mutex::new(locks),
             root,
+            url,
         };
         let mut tx = source.snapshot().await?;
         let epoch = fact(&mut tx, "epoch")
@@ -78,7 +82,7 @@ impl Source {
             .ok_or_else(|| Error::Moving("there is no store at the source".to_owned()))?;
         if fact(&mut tx, JOURNAL).await?.is_some() {
             return Err(Error::Moving(
-                "the source is itself being filled by `longshore migrate`, run that to its end first".to_owned(),
+                "the source is itself being filled by `longshore migrate` or `reindex`, run that to its end first".to_owned(),
             ));
         }
         drop(tx);
@@ -101,6 +105,61 @@ impl Source {
     /// Where it was carried to.
     pub(super) async fn moved(&self) -> Result<Option<String>, Error> {
         fact(&mut self.snapshot().await?, MOVED).await
+    }
+
+    /// Marks a PostgreSQL source with this text, so that nothing is written there any more, and sees once more that
+    /// nobody else uses it: who came before the mark is seen, who comes after it is refused.
+    pub(super) async fn leave(&self, mark: &str) -> Result<(), Error> {
+        match (&self.db, &self.url) {
+            (Reading::Open(db), Some(_)) => {
+                db.write(Leave(mark.to_owned())).await?;
+                failpoint("carry.after_leaving");
+                alone(db).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes that mark off again, after a run that came to no end.
+    pub(super) async fn stay(&self, mark: &str) {
+        let Some(url) = &self.url else {
+            return;
+        };
+        let given_back = async {
+            // The sessions of the run may be closed, or lost.
+            let db = Db::open_postgres(url, 1, Context::new()).await?;
+            let given_back = db.write(Stay(mark.to_owned())).await;
+            db.close().await?;
+            given_back
+        };
+        if let Err(error) = given_back.await {
+            tracing::warn!(
+                %error,
+                "the source is still marked as being carried away; run this again, or `longshore migrate --reopen`"
+            );
+        }
+    }
+
+    /// Declares the source carried away, when nobody else uses it.
+    pub(super) async fn leave_for_good(&self, place: &str, mark: &str) -> Result<(), Error> {
+        let left = |mark: Option<&str>| Left {
+            place: place.to_owned(),
+            mark: mark.map(str::to_owned),
+        };
+        let (Reading::Open(own), Some(url)) = (&self.db, &self.url) else {
+            return self.db.write(left(None)).await;
+        };
+        // The sessions of this run are no different from those of a replica, so they end before anybody is counted.
+        own.close().await?;
+        let db = Db::open_postgres(url, 1, Context::new()).await?;
+        alone(&db).await?;
+        db.write(left(Some(mark))).await?;
+        db.close().await
+    }
+
+    /// Takes every mark off; whether there was one.
+    pub(super) async fn reopen(&self) -> Result<bool, Error> {
+        self.db.write(Reopen).await
     }
 
     pub(super) async fn close(self) -> Result<(), Error> {
@@ -312,6 +371,92 @@ pub(super) async fn mark(db: &Db, key: &str) -> Result<Option<String>, Error> {
         .first()
         .map(|row| row.text(0))
         .transpose()
+}
+
+/// The mark of a source that is being carried to this place, unlike that of any other run.
+pub(super) fn leaving(to: &Location) -> Result<String, Error> {
+    let (place, run) = (describe(to), random_name()?);
+    Ok(serde_json::json!({ "to": place, "run": run }).to_string())
+}
+
+/// Marks a source that is being carried away. From the COMMIT on, no transaction of a replica begins there.
+struct Leave(String);
+
+impl Body for Leave {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Place;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        // Waits for every transaction of a user that is under way.
+        tx.exclude_users().await?;
+        set(tx, LEAVING, Some(&self.0)).await
+    }
+}
+
+/// Takes the mark of one run off.
+struct Stay(String);
+
+impl Body for Stay {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Place;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        match fact(tx, LEAVING).await? {
+            Some(found) if found == self.0 => set(tx, LEAVING, None).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+/// From here on the old place opens no more; the new one opens when its journal is gone.
+struct Left {
+    place: String,
+    /// The mark that the source must have had all the time, where it has one.
+    mark: Option<String>,
+}
+
+impl Body for Left {
+    type Output = ();
+    const KIND: WriteKind = WriteKind::Place;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        tx.exclude_users().await?;
+        if self.mark.is_some() && fact(tx, LEAVING).await? != self.mark {
+            return Err(Error::Moving(
+                "the source was opened again meanwhile, run this once more".to_owned(),
+            ));
+        }
+        set(tx, LEAVING, None).await?;
+        set(tx, MOVED, Some(&self.place)).await
+    }
+}
+
+/// Gives a place back.
+struct Reopen;
+
+impl Body for Reopen {
+    type Output = bool;
+    const KIND: WriteKind = WriteKind::Place;
+
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
+        let mut was = false;
+        for key in [LEAVING, MOVED] {
+            was |= fact(tx, key).await?.is_some();
+            set(tx, key, None).await?;
+        }
+        Ok(was)
+    }
+}
+
+/// Sets or removes a fact of a place.
+pub(super) async fn set(tx: &mut Tx, key: &str, value: Option<&str>) -> Result<(), Error> {
+    let remove = Statement::made("DELETE FROM meta WHERE key = $1".to_owned());
+    tx.execute(remove, &[key.into()]).await?;
+    if let Some(value) = value {
+        let add = Statement::made("INSERT INTO meta (key, value) VALUES ($1, $2)".to_owned());
+        tx.execute(add, &[key.into(), value.into()]).await?;
+    }
+    Ok(())
 }
 
 /// Writes the journal into an empty destination, or finds that of the same source.

@@ -3,6 +3,10 @@
 //! A blob's row stands at the destination before the first byte of its object (`I6`), as a suspect one. When the whole
 //! object was read, had the digest of its row, and is durable at the destination, the row becomes a sound one, so a
 //! run that goes on asks for nothing that is there. Keys stay: none was ever used twice, at no place (`I5`).
+//!
+//! A blob that is sound by its row at the source and cannot be read there is looked at again when all others are
+//! through, and then it is a problem: the transfer does not come to its end, and the source stays in use. Only who says
+//! so ([`super::Settings::accept_damaged`]) lets it go. A failure that may pass ends the run.
 
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
@@ -12,8 +16,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 use oci::{Digest, Hasher};
 
-use super::Report;
 use super::tables::{Insert, Pages, TABLES, Table, columns, discard_statement};
+use super::{Report, Settings, Verify};
 use crate::blob::StorageKey;
 use crate::blob::objects::Objects;
 use crate::blob::s3::{Completed, Failure, S3, pause, transfer};
@@ -31,6 +35,8 @@ pub(crate) struct Moving<'a> {
     /// The objects stay where they are: only rows are carried.
     pub(crate) objects_stay: bool,
     pub(crate) parallel: usize,
+    /// What is missing or damaged at the source is let go.
+    pub(crate) accept_damaged: bool,
 }
 
 /// Where the columns of a blob's row stand.
@@ -71,6 +77,8 @@ struct Wanted {
     digest: Digest,
     size: u64,
     key: StorageKey,
+    /// It is sound by its row at the source.
+    sound: bool,
 }
 
 impl Moving<'_> {
@@ -81,6 +89,7 @@ impl Moving<'_> {
         let mut pages = Pages::new(table, table.key, &at.names);
         let insert = Insert::new(table, &at.names);
         let mut last = i64::MIN;
+        let mut doubtful = Vec::new();
         loop {
             let rows = pages.next(from).await?;
             let end = match rows.last() {
@@ -90,12 +99,50 @@ impl Moving<'_> {
             let ended = rows.is_empty();
             let wanted = self.rows(&at, &insert, rows, (last, end)).await?;
             failpoint("carry.after_blob_rows");
-            self.objects(wanted, report).await?;
+            let broken = self.objects(wanted, report).await?;
+            doubtful.extend(broken);
+            if doubtful.len() > MAX_DOUBTFUL {
+                return Err(Error::Moving(format!(
+                    "more than {MAX_DOUBTFUL} objects of the source are missing or damaged; look whether it names the right \
+                     place, and run `verify-store` there"
+                )));
+            }
             if ended {
-                return Ok(());
+                break;
             }
             last = end;
         }
+        self.doubtful(doubtful, report).await
+    }
+
+    /// Looks again, later, at what was not as its row says, and tells what is so still.
+    async fn doubtful(
+        &self,
+        mut doubtful: Vec<(Wanted, String)>,
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        for wait in LOOKS {
+            if doubtful.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(wait).await;
+            let again = doubtful.into_iter().map(|(object, _)| object).collect();
+            doubtful = self.objects(again, report).await?;
+        }
+        for (object, problem) in doubtful {
+            let digest = &object.digest;
+            if !object.sound || self.accept_damaged {
+                report.damaged.push(format!(
+                    "blob `{digest}` is damaged at the source and stays so: {problem}"
+                ));
+            } else {
+                report.problems.push(format!(
+                    "blob `{digest}` cannot be read at the source: {problem}; push it again or restore it there, or let \
+                     it go with `--accept-damaged`"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Makes the destination's rows after `range.0` up to `range.1` those of the source; the objects that it lacks.
@@ -117,6 +164,7 @@ impl Moving<'_> {
                     digest: row.digest(at.digest)?,
                     size: row.u64(at.size)?,
                     key: StorageKey::parse(&row.text(at.key)?)?,
+                    sound,
                 });
             }
             let digest = row.digest(at.digest)?;
@@ -147,8 +195,14 @@ impl Moving<'_> {
         Ok(wanted)
     }
 
-    /// Brings objects, several at one time. One that is missing or damaged at the source stays suspect.
-    async fn objects(&self, wanted: Vec<Wanted>, report: &mut Report) -> Result<(), Error> {
+    /// Brings objects, several at one time. Those that are missing or damaged at the source come back, each with what is
+    /// wrong; their rows stay suspect.
+    async fn objects(
+        &self,
+        wanted: Vec<Wanted>,
+        report: &mut Report,
+    ) -> Result<Vec<(Wanted, String)>, Error> {
+        let mut broken = Vec::new();
         let mut moving = stream::iter(wanted)
             .map(|object| async move {
                 let moved = self.object(&object).await;
@@ -163,14 +217,11 @@ impl Moving<'_> {
                     self.db.write(Sound(object.id)).await?;
                     failpoint("carry.after_object");
                 }
-                Err(Broken::Source(problem)) => report.damaged.push(format!(
-                    "blob `{}` is damaged at the source and stays so: {problem}",
-                    object.digest
-                )),
+                Err(Broken::Source(problem)) => broken.push((object, problem)),
                 Err(Broken::Fatal(error)) => return Err(error),
             }
         }
-        Ok(())
+        Ok(broken)
     }
 
     async fn object(&self, object: &Wanted) -> Result<(), Broken> {
@@ -368,23 +419,26 @@ impl Reader {
 
 /// What the source's objects say. One that is not there or has another length is a matter of that object.
 fn of_source(error: Error) -> Broken {
+    if error.is_missing() {
+        return Broken::Source("its object is missing".to_owned());
+    }
     match error {
         Error::Damaged { .. } => Broken::Source(error.to_string()),
-        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            Broken::Source("its object is missing".to_owned())
-        }
         other => Broken::Fatal(other),
     }
 }
 
 /// Reads every object of the destination again, or asks for its size alone.
+///
+/// `accept_damaged`: the objects stay where they are, and what is damaged among them is told and let go.
 pub(crate) async fn verify(
     tx: &mut Tx,
     objects: &Objects,
-    whole: bool,
-    parallel: usize,
+    settings: &Settings,
+    accept_damaged: bool,
     report: &mut Report,
 ) -> Result<(), Error> {
+    let (whole, parallel) = (settings.verify == Verify::Full, settings.parallel);
     let at = Columns::of(tx).await?;
     let table = blob_table()?;
     let mut pages = Pages::new(table, table.key, &at.names);
@@ -406,6 +460,7 @@ pub(crate) async fn verify(
                     digest,
                     size: row.u64(at.size)?,
                     key: StorageKey::parse(&key)?,
+                    sound: true,
                 });
             } else {
                 let body = row.opt_bytes(at.body)?.unwrap_or_default();
@@ -418,13 +473,26 @@ pub(crate) async fn verify(
         }
         let mut looking = stream::iter(wanted)
             .map(|object| async move {
-                let found = look(objects, &object, whole).await;
+                let mut found = look(objects, &object, whole).await;
+                for wait in LOOKS {
+                    if !matches!(found, Ok(Some(_)) | Err(Broken::Source(_))) {
+                        break;
+                    }
+                    tokio::time::sleep(wait).await;
+                    found = look(objects, &object, whole).await;
+                }
                 (object, found)
             })
             .buffer_unordered(parallel.max(1));
         while let Some((object, found)) = looking.next().await {
             match found {
                 Ok(None) => report.objects_verified += 1,
+                Ok(Some(problem)) | Err(Broken::Source(problem)) if accept_damaged => {
+                    report.damaged.push(format!(
+                        "blob `{}` is damaged and stays so: {problem}",
+                        object.digest
+                    ));
+                }
                 Ok(Some(problem)) | Err(Broken::Source(problem)) => report.problems.push(format!(
                     "blob `{}` at the destination: {problem}",
                     object.digest
@@ -565,6 +633,10 @@ impl Body for Sound {
     }
 }
 
+/// How long each further look at what was not as its row says waits.
+const LOOKS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
+/// Objects that may be missing or damaged before the source as a whole is in doubt.
+const MAX_DOUBTFUL: usize = 10_000;
 /// Bytes that move at once.
 const CHUNK: u64 = 1 << 20;
 /// The size of a part, and of an object that is sent in one request.

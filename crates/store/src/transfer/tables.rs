@@ -102,9 +102,14 @@ pub(crate) const TABLES: &[Table] = &[
 ];
 
 /// What says where a store is and how it stands, and is not carried.
-pub(crate) const OF_THE_PLACE: [&str; 5] = ["schema", "schema_expanded", "mode", JOURNAL, MOVED];
+pub(crate) const OF_THE_PLACE: [&str; 6] =
+    ["schema", "schema_expanded", "mode", JOURNAL, LEAVING, MOVED];
 /// The row of `meta` that a destination has while it is being filled.
 pub(crate) const JOURNAL: &str = "migration";
+/// What that row says while [`crate::reindex()`] fills it.
+pub(crate) const REINDEX: &str = "reindex";
+/// The row of `meta` that a PostgreSQL source has while it is being carried away.
+pub(crate) const LEAVING: &str = "leaving";
 /// The row of `meta` that a source has after it was carried away.
 pub(crate) const MOVED: &str = "moved";
 
@@ -203,6 +208,17 @@ impl Pages {
         }
         Ok(rows)
     }
+}
+
+/// Empties a database that a reindex did not fill to its end. Counters, keys and the audit record were there before.
+pub(crate) async fn empty(tx: &mut Tx) -> Result<(), Error> {
+    for table in TABLES.iter().rev() {
+        if !["meta", "counter", "token_key", "chain", "audit"].contains(&table.name) {
+            let delete = Statement::made(format!("DELETE FROM {}", table.name));
+            tx.execute(delete, &[]).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Counts the rows of a table.

@@ -101,7 +101,7 @@ impl Check<'_> {
                 }
                 return Ok(());
             }
-            Verdict::Damaged(problem) => problem,
+            Verdict::Damaged(problem) | Verdict::Missing(problem) => problem,
             Verdict::Unknown(error) => format!("it cannot be read now: {error}"),
         };
         // It may be gone, or healed, since its row was read.
@@ -193,7 +193,7 @@ async fn examine(
         return match s3.size(key).await {
             Ok(Some(found)) if found == size => Verdict::Sound,
             Ok(Some(found)) => Verdict::Damaged(format!("it has {found} bytes, not {size}")),
-            Ok(None) => Verdict::Damaged("it is missing".to_owned()),
+            Ok(None) => Verdict::Missing("it is missing".to_owned()),
             Err(error) => Verdict::of_failure(error),
         };
     }

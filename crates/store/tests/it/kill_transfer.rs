@@ -9,9 +9,12 @@ use oci::{Descriptor, Digest, media_type};
 use serde_json::json;
 use store::import::{self, Layouts, Placement, Plans, Report, Shape, StoreSink};
 use store::transfer::{self, Settings, Verify};
-use store::{Location, Options, Store, verify_audit, verify_store};
+use store::{
+    DatabaseLocation, Error, Location, ObjectLocation, Options, Store, verify_audit, verify_store,
+};
 
 use crate::engine::{content, image, name, push_blob, put, tag};
+use crate::postgres::Server;
 
 const DIRECTORY: &str = "STORE_KILL_TRANSFER_DIRECTORY";
 
@@ -116,6 +119,89 @@ async fn a_migration_that_is_killed_at_any_step_goes_on() {
             Store::open(&from, Options::default()).await.is_err(),
             "`{point}`"
         );
+    }
+}
+
+/// A source on PostgreSQL has no lock that dies with the process: the mark keeps replicas out until the next run came to
+/// its end, or somebody gives up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_opens_a_store_that_a_killed_run_was_carrying_away() {
+    let server = Server::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let from = Location {
+        database: DatabaseLocation::Postgres(server.database("leaving").await),
+        objects: ObjectLocation::Directory(directory.path().join("from")),
+    };
+    std::fs::write(directory.path().join("url"), url(&from)).unwrap();
+    let repository = name("a/b");
+    let open = || async { Store::open_at(&from, Options::default()).await };
+    let mut pushed = Vec::new();
+    let points = [
+        "carry.after_leaving",
+        "carry.after_objects",
+        "carry.after_tables",
+        "carry.after_format",
+    ];
+    for (seed, point) in (0..).zip(points) {
+        let store = open().await.unwrap();
+        pushed.push(push_blob(&store, &repository, &content(seed, 50_000)).await);
+        store.close().await.unwrap();
+        let killed = child(directory.path(), "child_that_leaves", point);
+        assert_eq!(killed.signal(), Some(9), "`{point}`: {killed}");
+        let opened = open().await;
+        assert!(
+            matches!(&opened, Err(Error::Moving(text)) if text.contains("--reopen")),
+            "`{point}`: {opened:?}"
+        );
+        assert!(transfer::reopen(&from).await.unwrap(), "`{point}`");
+        assert!(!transfer::reopen(&from).await.unwrap(), "`{point}`");
+    }
+    // A run that fails gives the source back by itself.
+    std::fs::write(directory.path().join("taken"), "x").unwrap();
+    let nowhere = Location::embedded(directory.path().join("taken"));
+    assert!(
+        transfer::migrate(&from, &nowhere, Settings::default())
+            .await
+            .is_err()
+    );
+    open().await.unwrap().close().await.unwrap();
+    // After one more that is killed, the next comes to the end.
+    child(directory.path(), "child_that_leaves", points[1]);
+    let to = Location::embedded(directory.path().join("to"));
+    let report = transfer::migrate(&from, &to, Settings::default())
+        .await
+        .unwrap();
+    assert!(report.finished, "{report:?}");
+    let opened = open().await;
+    assert!(matches!(opened, Err(Error::Moving(_))), "{opened:?}");
+    let store = Store::open_at(&to, Options::default()).await.unwrap();
+    for blob in &pushed {
+        let held = store.stat_blob(&repository, &blob.digest, false).await;
+        assert!(held.unwrap().is_some());
+    }
+    store.close().await.unwrap();
+}
+
+fn url(location: &Location) -> String {
+    match &location.database {
+        DatabaseLocation::Postgres(url) => url.clone(),
+        DatabaseLocation::Sqlite(_) => String::new(),
+    }
+}
+
+/// Carries from PostgreSQL when it is the child of the test above, else nothing.
+#[tokio::test]
+async fn child_that_leaves() {
+    if let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) {
+        let url = std::fs::read_to_string(directory.join("url")).unwrap();
+        let from = Location {
+            database: DatabaseLocation::Postgres(url),
+            objects: ObjectLocation::Directory(directory.join("from")),
+        };
+        let to = Location::embedded(directory.join("to"));
+        transfer::migrate(&from, &to, Settings::default())
+            .await
+            .unwrap();
     }
 }
 

@@ -46,3 +46,5 @@ mod stand_in;
 mod transfer;
 #[cfg(test)]
 mod uploads;
+#[cfg(test)]
+mod wrong_answers;

@@ -316,7 +316,7 @@ async fn a_destination_that_holds_something_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn damage_at_the_source_is_told_and_stays_damage() {
+async fn damage_at_the_source_is_told_and_stays_damage_for_who_accepts_it() {
     let scratch = tempfile::tempdir().unwrap();
     let (from, to) = (scratch.path().join("from"), scratch.path().join("to"));
     let store = Store::open(&from, Options::default()).await.unwrap();
@@ -328,13 +328,19 @@ async fn damage_at_the_source_is_told_and_stays_damage() {
     store.close().await.unwrap();
     let object = largest(&from, &content(1, 50_000));
     std::fs::write(object, content(3, 50_000)).unwrap();
-    let report = transfer::migrate(
-        &Location::embedded(&from),
-        &Location::embedded(&to),
-        whole(),
-    )
-    .await
-    .unwrap();
+    let (source, destination) = (Location::embedded(&from), Location::embedded(&to));
+    let report = transfer::migrate(&source, &destination, whole())
+        .await
+        .unwrap();
+    assert!(!report.finished && report.damaged.is_empty(), "{report:?}");
+    assert_eq!(report.problems.len(), 1, "{report:?}");
+    let accepting = Settings {
+        accept_damaged: true,
+        ..whole()
+    };
+    let report = transfer::migrate(&source, &destination, accepting)
+        .await
+        .unwrap();
     assert!(report.finished, "{report:?}");
     assert_eq!(report.damaged.len(), 1);
     let store = Store::open(&to, Options::default()).await.unwrap();
@@ -361,6 +367,60 @@ async fn damage_at_the_source_is_told_and_stays_damage() {
             .is_some()
     );
     store.close().await.unwrap();
+}
+
+/// A replica that was cut off while its store was carried away, and comes back: it takes nothing, deletes nothing, and
+/// ends when it hears of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_of_a_store_that_is_carried_away_writes_nothing() {
+    let engine = crate::engine::postgres(Options::default()).await;
+    let (store, repository) = (&engine.store, name("a/b"));
+    let unused = push_blob(store, &repository, &content(1, 50_000)).await;
+    store
+        .delete_blob(&repository, &unused.digest, &actor())
+        .await
+        .unwrap();
+    store.maintain_once().await.unwrap();
+    engine
+        .change("INSERT INTO meta (key, value) VALUES ('leaving', '{}')")
+        .await;
+    let object = largest(&engine.directory.path().join("data"), &content(1, 50_000));
+    store.advance_clock(Duration::from_hours(48));
+    for key in ["leaving", "moved"] {
+        let digest = oci::Digest::sha256(&content(2, 100));
+        let refused = match store.put_blob(&repository, &digest, &actor()).await {
+            Ok(mut writer) => {
+                writer.write(content(2, 100)).await.unwrap();
+                writer.commit(&digest, &actor()).await.map(drop)
+            }
+            Err(error) => Err(error),
+        };
+        assert!(
+            matches!(&refused, Err(Error::ReadOnly { reason }) if reason.contains("another place")),
+            "{key}: {refused:?}"
+        );
+        let refused = store.maintain_once().await;
+        assert!(
+            matches!(refused, Err(Error::Moving(_))),
+            "{key}: {refused:?}"
+        );
+        let refused = store.set_normal(&actor()).await;
+        assert!(matches!(refused, Err(Error::Moving(_))), "{refused:?}");
+        assert!(object.exists(), "the collector has deleted an object");
+        if key == "leaving" {
+            // Given up, it goes on as before.
+            engine
+                .change("DELETE FROM meta WHERE key = 'leaving'")
+                .await;
+            push_blob(store, &repository, &content(3, 100)).await;
+            engine
+                .change("INSERT INTO meta (key, value) VALUES ('moved', 'elsewhere')")
+                .await;
+        }
+    }
+    tokio::time::timeout(Duration::from_mins(1), store.stopped())
+        .await
+        .expect("the replica goes on");
 }
 
 /// The object that holds these bytes.

@@ -14,7 +14,7 @@ use object_store::{GetOptions, GetRange, ObjectStore};
 use super::failure::{attempts, limited, pause};
 use super::{CONTROL, Failure, S3};
 use crate::blob::StorageKey;
-use crate::error::Error;
+use crate::error::{Error, MISSING};
 
 /// An object in an object store, of a known size.
 #[derive(Clone, Debug)]
@@ -149,7 +149,7 @@ impl RemoteStream {
         let got = match got {
             Ok(got) => got,
             Err(Failure::Missing(_)) => {
-                return Err(self.damaged("it is missing; run `verify-store`"));
+                return Err(self.damaged(MISSING));
             }
             Err(failure) => return Err(failure.into()),
         };

@@ -286,11 +286,12 @@ impl Session {
     }
 }
 
-/// Begins a transaction. One of a user holds off the command that makes the store read-only, and reads what was
-/// commanded before: one round trip for all.
+/// Begins a transaction and reads what the store is marked with: one round trip for both. One of a user also holds off
+/// whoever sets such a mark.
 fn begin(kind: WriteKind) -> String {
     match kind {
-        WriteKind::Maintenance => BEGIN.to_owned(),
+        WriteKind::Place => BEGIN.to_owned(),
+        WriteKind::Maintenance => format!("{BEGIN}; {}", mode::CHECK.postgres()),
         WriteKind::User | WriteKind::Delete => format!(
             "{BEGIN}; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
             mode::CHECK.postgres()
@@ -298,14 +299,19 @@ fn begin(kind: WriteKind) -> String {
     }
 }
 
-/// Refuses the transaction when the answer to its begin tells of a command. The lock gives a row of its own, which has
-/// no such column.
+/// Refuses the transaction when the answer to its begin tells of a mark that forbids it. The lock gives a row of its
+/// own, which has no such columns.
 fn check(kind: WriteKind, answers: &[SimpleQueryMessage]) -> Result<(), Failure> {
-    let commanded = answers.iter().find_map(|answer| match answer {
-        SimpleQueryMessage::Row(row) => row.try_get("value").ok().flatten(),
-        _ => None,
-    });
-    mode::check_command(kind, commanded).map_err(Failure::Refused)
+    for answer in answers {
+        let SimpleQueryMessage::Row(row) = answer else {
+            continue;
+        };
+        let text = |column: &str| row.try_get(column).ok().flatten();
+        if let (Some(key), Some(value)) = (text("key"), text("value")) {
+            mode::check_mark(kind, key, value).map_err(Failure::Refused)?;
+        }
+    }
+    Ok(())
 }
 
 /// Puts a fence into the row of session `id` and tells the number of its last transaction that was committed. Waits
