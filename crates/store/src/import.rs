@@ -1,5 +1,5 @@
 //! Brings content from one place to another, whole repositories at a time: other registries' storage directories, OCI
-//! layouts and live registries into a store, and a store out into layouts.
+//! layouts and live registries into a store or into a registry that runs, and a store out into layouts.
 //!
 //! The key decision: **one walk for every pair**. A [`Source`] says what it holds and gives content by digest, a
 //! [`Sink`] takes content by digest and tells what it has; [`run`] plans a repository (tags, children, referrers,
@@ -105,6 +105,11 @@ pub trait Chunks: Send {
     /// The next chunk; `None` at the end.
     fn next(&mut self)
     -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>>;
+
+    /// What the chunks are read from, for a sink that knows a shorter way from there.
+    fn origin(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        None
+    }
 }
 
 /// What a repository of a source holds.
@@ -219,6 +224,12 @@ pub trait Sink: Send + Sync + 'static {
         descriptor: &Descriptor,
         take: bool,
     ) -> impl Future<Output = Result<bool, Failure>> + Send;
+
+    /// Whether a manifest that is there is listed for its subject too. Where these are two steps, a run that was broken
+    /// off between them has one without the other.
+    fn lists_referrers(&self) -> bool {
+        true
+    }
 
     /// Whether a referrer is listed for its subject.
     fn has_referrer(
@@ -624,7 +635,13 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
         // The semaphore is never closed.
         let _turn = self.turns.acquire().await.map_err(Failure::fatal)?;
         let digest = &node.descriptor.digest;
-        let there = self.sink.has_manifest(into, &node.descriptor).await?;
+        let mut there = self.sink.has_manifest(into, &node.descriptor).await?;
+        if let Some(subject) = &node.subject
+            && there
+            && !self.sink.lists_referrers()
+        {
+            there = self.sink.has_referrer(into, subject, digest).await?;
+        }
         let mut tags = Vec::new();
         for tag in &node.tags {
             if !there || self.sink.tag(into, tag).await?.as_ref() != Some(digest) {
