@@ -96,14 +96,10 @@ impl Inner {
                     continue;
                 }
             };
-            let is_layout = entries
-                .iter()
-                .any(|entry| entry.kind == Kind::File && entry.name == MARKER);
             for entry in entries {
-                // What is no repository holds blobs, or what a push or a sync left half done: layouts too, of zot's own.
-                if is_layout && entry.name == BLOBS
-                    || self.shape == Shape::Zot && TEMPORARY.contains(&entry.name.as_str())
-                {
+                // What a push or a sync left half done, layouts among it. (`blobs` is looked into: a repository below
+                // another one may have that name.)
+                if self.shape == Shape::Zot && TEMPORARY.contains(&entry.name.as_str()) {
                     continue;
                 }
                 let below = if path.is_empty() {
@@ -324,8 +320,6 @@ fn tag_of(name: &str) -> Option<Tag> {
 }
 
 const MARKER: &str = "oci-layout";
-/// Where a layout keeps its blobs.
-const BLOBS: &str = "blobs";
 /// Where zot keeps what is under way, in each repository.
 const TEMPORARY: [&str; 2] = [".uploads", ".sync"];
 /// Where versions of zot keep the bytes of shared blobs.

@@ -172,12 +172,11 @@ impl Sink for Target {
                     .origin()
                     .and_then(|origin| origin.downcast_ref::<Repository>())
                     .cloned();
-                match from {
-                    Some(from) => remote.copy_blob(descriptor, &from).await.map(drop),
-                    None => {
-                        let bytes = collect(descriptor, chunks.as_mut()).await?;
-                        remote.put_blob(descriptor, bytes).await
-                    }
+                if let Some(from) = from {
+                    remote.copy_blob(descriptor, &from).await.map(drop)
+                } else {
+                    let bytes = collect(descriptor, chunks.as_mut()).await?;
+                    remote.put_blob(descriptor, bytes).await
                 }
             }
         }
