@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http::Method;
 use oci::{Descriptor, RepositoryName};
 
-pub(crate) use content::{FileContent, RemoteContent};
+pub(crate) use content::{FileContent, OpenContent, RemoteContent};
 pub use manifest::MAX_MANIFEST;
 pub use reader::BlobReader;
 pub(crate) use referrer::{fallback_tag, lenient_descriptors};

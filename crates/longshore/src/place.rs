@@ -61,8 +61,7 @@ async fn open(location: &Location, options: Options, command: &str) -> anyhow::R
         Err(error @ store::Error::InUse(_)) => Err(Refused::new(Exit::FAILED, error)
             .hint(format!(
                 "stop the server for the time of the {command}, or go over the wire: \
-                 `longshore copy FROM TO` for an artifact, `longshore import --from registry:HOST` \
-                 into another data directory"
+                 `longshore import --to HOST`, `longshore export --from HOST`"
             ))
             .into()),
         Err(error) => Err(error).context("cannot open the store"),

@@ -1,5 +1,5 @@
 //! Brings content from one place to another, whole repositories at a time: other registries' storage directories, OCI
-//! layouts and live registries into a store, and a store out into layouts.
+//! layouts and live registries into a store or into a registry that runs, and a store out into layouts.
 //!
 //! The key decision: **one walk for every pair**. A [`Source`] says what it holds and gives content by digest, a
 //! [`Sink`] takes content by digest and tells what it has; [`run`] plans a repository (tags, children, referrers,
@@ -103,6 +103,11 @@ pub trait Chunks: Send {
     /// The next chunk; `None` at the end.
     fn next(&mut self)
     -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>>;
+
+    /// What the chunks are read from, for a sink that knows a shorter way from there.
+    fn origin(&self) -> Option<&(dyn std::any::Any + Send + Sync)> {
+        None
+    }
 }
 
 /// What a repository of a source holds.
@@ -217,6 +222,12 @@ pub trait Sink: Send + Sync + 'static {
         descriptor: &Descriptor,
         take: bool,
     ) -> impl Future<Output = Result<bool, Failure>> + Send;
+
+    /// Whether a manifest that is there is listed for its subject too. Where these are two steps, a run that was broken
+    /// off between them has one without the other.
+    fn lists_referrers(&self) -> bool {
+        true
+    }
 
     /// Whether a referrer is listed for its subject.
     fn has_referrer(

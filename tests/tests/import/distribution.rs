@@ -9,14 +9,15 @@ use crate::{
     tags_of, verify,
 };
 
-const REPOSITORIES: [&str; 4] = ["shop/app", "shop/docker", "deep/er/and/deeper", "notes"];
+pub(crate) const REPOSITORIES: [&str; 4] =
+    ["shop/app", "shop/docker", "deep/er/and/deeper", "notes"];
 
 /// What was pushed.
-struct Filled {
-    tags: Tags,
-    image: String,
+pub(crate) struct Filled {
+    pub(crate) tags: Tags,
+    pub(crate) image: String,
     /// An artifact that oras attached to the image.
-    attached: String,
+    pub(crate) attached: String,
     /// A manifest that lost its tag.
     untagged: String,
     multi: Vec<String>,
@@ -24,7 +25,7 @@ struct Filled {
 
 /// Fills a registry with what real clients push. It has no referrers API, so what is attached is in an index under a
 /// tag.
-fn fill(scratch: &Scratch, registry: &Distribution) -> Filled {
+pub(crate) fn fill(scratch: &Scratch, registry: &Distribution) -> Filled {
     let (url, host) = (&registry.url, registry.host());
     let untagged = Image::shell("echo first")
         .salt("first")

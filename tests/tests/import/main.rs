@@ -11,6 +11,8 @@ mod layout;
 #[cfg(test)]
 mod migrate;
 #[cfg(test)]
+mod target;
+#[cfg(test)]
 mod zot;
 
 use std::collections::BTreeMap;

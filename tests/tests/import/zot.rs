@@ -1,7 +1,8 @@
 //! zot's root directory. The program itself cannot be had from the sources that these tests build from, so the
-//! directory is made here by its documented layout: an OCI layout for each repository, `index.json` with every
-//! manifest, blobs shared by hard link, by an empty file whose bytes lie in another repository, or only in
-//! `_blobstore`, and the program's own files beside.
+//! directory is made here by its documented layout and by what its source does: an OCI layout for each repository, also
+//! below one another, `index.json` with an entry for each tag and for each manifest that was pushed by digest, blobs
+//! shared by hard link (on a disk), by an empty file whose bytes lie in another repository (in a bucket), or only in
+//! `_blobstore`, and the program's own files beside: its databases, `.uploads`, and layouts of a sync in `.sync`.
 
 use std::path::Path;
 
@@ -139,14 +140,36 @@ fn every_form_of_a_shared_blob_is_found_by_its_digest() {
     std::fs::write(store.join(digest(&stored).replace("sha256:", "")), &stored)
         .expect("a file can be written");
     std::fs::write(root.join("cache.db"), b"bolt").expect("a file can be written");
-    std::fs::create_dir_all(root.join("team/first/.uploads")).expect("a directory can be made");
+    std::fs::write(root.join("meta.db"), b"bolt").expect("a file can be written");
+    std::fs::write(root.join("_restore_complete"), b"0").expect("a file can be written");
+    let uploads = root.join("team/first/.uploads");
+    std::fs::create_dir_all(&uploads).expect("a directory can be made");
+    std::fs::write(
+        uploads.join("6f1f3d1e-8a52-4d3c-9a55-0d8f0f5f0e11"),
+        b"begun",
+    )
+    .expect("a file can be written");
+    // A sync that was broken off leaves a layout within the repository, and lists in it what it has not brought.
+    let half = root.join("team/first/.sync/0b6a/team/first");
+    let mut layout = Handmade::new(&half);
+    let broken = layout.manifest(b"half", None);
+    layout.list(image::MANIFEST, &broken, Some("half"));
+    std::fs::remove_file(layout.path(&digest(b"half"))).expect("the blob is there");
+    layout.finish();
+    // A repository below a repository.
+    let below = root.join("team/first/nested");
+    let mut layout = Handmade::new(&below);
+    let nested = layout.manifest(b"nested", None);
+    layout.list(image::MANIFEST, &nested, Some("v1"));
+    layout.finish();
 
     let data = scratch.join("data");
     let source = format!("zot:{}", root.display());
     let report = import(&scratch, &source, &data, &[]).ok().json();
     complete(&report);
-    assert_eq!(report["source"]["repositories"], 4);
-    assert_eq!(report["source"]["tags"], 8);
+    assert_eq!(report["source"]["repositories"], 5);
+    assert_eq!(report["source"]["tags"], 9);
+    assert_eq!(problems(&report).len(), 0);
     assert_eq!(report["source"]["referrers"], 1);
     verify(&data);
     let server = serve(&data);

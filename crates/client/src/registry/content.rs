@@ -1,6 +1,7 @@
-//! What an upload takes its bytes from: a file, or a blob of another registry.
+//! What an upload takes its bytes from: a file, by path or open, or a blob of another registry.
 
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -68,6 +69,68 @@ impl Source for FileContent {
                 });
             Ok(stream.boxed())
         })
+    }
+}
+
+/// A local file that is open, of a known length.
+#[derive(Debug)]
+pub(crate) struct OpenContent {
+    file: Arc<std::fs::File>,
+    size: u64,
+}
+
+impl OpenContent {
+    /// # Errors
+    /// When it has another length.
+    pub(crate) fn new(file: std::fs::File, descriptor: &Descriptor) -> Result<Self, Error> {
+        let what = descriptor.digest.to_string();
+        let actual = file
+            .metadata()
+            .map_err(Error::file(Path::new(&what)))?
+            .len();
+        if actual != descriptor.size {
+            return Err(Error::SizeMismatch {
+                what,
+                expected: descriptor.size,
+                actual,
+            });
+        }
+        Ok(Self {
+            file: Arc::new(file),
+            size: actual,
+        })
+    }
+}
+
+impl Source for OpenContent {
+    fn length(&self) -> u64 {
+        self.size
+    }
+
+    fn open(&self, offset: u64, length: u64) -> BoxFuture<'_, io::Result<Stream>> {
+        let state = (Arc::clone(&self.file), offset, length);
+        let stream = futures_util::stream::try_unfold(state, |(file, at, left)| async move {
+            if left == 0 {
+                return Ok(None);
+            }
+            let step = usize::try_from(left.min(READ)).unwrap_or(usize::MAX);
+            let read = tokio::task::spawn_blocking(move || {
+                let mut buffer = vec![0; step];
+                let count = file.read_at(&mut buffer, at)?;
+                buffer.truncate(count);
+                Ok::<_, io::Error>((file, buffer))
+            });
+            let (file, buffer) = read.await.map_err(io::Error::other)??;
+            if buffer.is_empty() {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+            }
+            let count = buffer.len() as u64;
+            Ok(Some((
+                Bytes::from(buffer),
+                (file, at + count, left - count),
+            )))
+        });
+        Box::pin(async move { Ok(stream.boxed()) })
     }
 }
 

@@ -44,6 +44,11 @@ impl BlobReader {
         }
     }
 
+    /// Where it reads.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
     /// Where the next byte stands.
     pub(crate) fn position(&self) -> u64 {
         self.position

@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, Method};
 use oci::{Descriptor, Digest, RepositoryName};
 use reqwest::Url;
 
-use super::{FileContent, Repository};
+use super::{FileContent, OpenContent, RemoteContent, Repository};
 use crate::Error;
 use crate::error::is_transient_status;
 use crate::transport::{Answer, Body, Lack, Scopes, Source, Target};
@@ -47,6 +47,63 @@ impl Repository {
         )
         .await
         .map(drop)
+    }
+
+    /// As [`Repository::put_blob_file`], from a file that is open. Its position is neither used nor moved.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn put_blob_open(
+        &self,
+        descriptor: &Descriptor,
+        file: std::fs::File,
+    ) -> Result<(), Error> {
+        let content = OpenContent::new(file, descriptor)?;
+        let payload = Payload::Source(Arc::new(content));
+        self.upload(descriptor, &payload, None, &|_| ())
+            .await
+            .map(drop)
+    }
+
+    /// Brings a blob out of another repository unless it is there: mounted where both are of one host, else read and
+    /// sent piece by piece, its digest checked on the way. `false` when no byte had to move.
+    ///
+    /// # Errors
+    /// [`Error::DigestMismatch`] and [`Error::SizeMismatch`] of what `from` gives; what either registry answers.
+    pub async fn copy_blob(&self, descriptor: &Descriptor, from: &Self) -> Result<bool, Error> {
+        self.copy_blob_with(descriptor, from, &|_| ()).await
+    }
+
+    pub(crate) async fn copy_blob_with(
+        &self,
+        descriptor: &Descriptor,
+        from: &Self,
+        progress: Progress<'_>,
+    ) -> Result<bool, Error> {
+        let same_host = from.host == self.host;
+        if same_host && from.name == self.name {
+            return Ok(false);
+        }
+        let content = RemoteContent::new(from.clone(), descriptor.clone());
+        let payload = Payload::Source(Arc::new(content));
+        let mount = same_host.then_some(&from.name);
+        let outcome = self.upload(descriptor, &payload, mount, progress).await?;
+        Ok(outcome == Outcome::Uploaded)
+    }
+
+    /// Mounts a blob from another repository of this registry; `false` when the registry will not.
+    ///
+    /// # Errors
+    /// No answer. A refusal is no error.
+    pub async fn mount_blob(&self, digest: &Digest, from: &RepositoryName) -> Result<bool, Error> {
+        match self.mount(digest, from).await? {
+            Mount::Mounted => Ok(true),
+            Mount::Session(session) => {
+                self.cancel(&session).await;
+                Ok(false)
+            }
+            Mount::Refused => Ok(false),
+        }
     }
 
     /// Brings a blob into this repository: it is there, it is mounted from `from`, or it is sent.

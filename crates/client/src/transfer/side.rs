@@ -9,7 +9,7 @@ use oci::{Descriptor, Digest, Tag};
 
 use super::{Location, Progress};
 use crate::layout::{Layout, copy_verified};
-use crate::registry::{FileContent, Outcome, Payload, RemoteContent};
+use crate::registry::{FileContent, Outcome, Payload};
 use crate::{Client, Error, FetchedManifest, Repository};
 
 /// A repository or a layout.
@@ -218,16 +218,8 @@ impl Side {
         let digest = &descriptor.digest;
         match (self, to) {
             (Self::Registry(from), Self::Registry(to)) => {
-                let same_host = from.host() == to.host();
-                if same_host && from.name() == to.name() {
-                    return Ok(false);
-                }
-                let content = RemoteContent::new(from.clone(), descriptor.clone());
-                let payload = Payload::Source(Arc::new(content));
                 let report = |bytes| progress.advance(digest, bytes);
-                let mount = same_host.then(|| from.name());
-                let outcome = to.upload(descriptor, &payload, mount, &report).await?;
-                Ok(outcome == Outcome::Uploaded)
+                to.copy_blob_with(descriptor, from, &report).await
             }
             (Self::Registry(_), Self::Layout { layout, .. }) => {
                 if layout.has_blob(descriptor).await? {

@@ -1,6 +1,7 @@
-//! `longshore import`: what other registries hold, into a store that no server uses.
+//! `longshore import`: what other registries hold, into a store that no server uses, or into a registry that runs.
 
 mod live;
+mod target;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -18,18 +19,22 @@ use crate::output::{self, Exit, Refused};
 use crate::place::Place;
 
 pub(crate) use live::Live;
+use target::Target;
 
 /// Bring in what another registry holds.
 ///
 /// Reads the storage directory of distribution or zot, a tree of OCI layouts, or a registry that runs, and puts every
-/// tag with its manifests, blobs and referrers into a data directory that no server uses, or into the store of a
-/// configuration. Every byte is hashed on its way in. What is there already is skipped, so a run that was broken off
+/// tag with its manifests, blobs and referrers into a data directory that no server uses, into the store of a
+/// configuration, or with `--to` into a registry that runs. Every byte is hashed on its way in. What is there already is skipped, so a run that was broken off
 /// is simply started again. At the end both sides are compared.
 #[derive(Debug, Args)]
 pub(crate) struct Import {
     /// Where from: `distribution:DIR`, `zot:DIR`, `layout:DIR` or `registry:HOST[/PREFIX]`.
     #[arg(long, value_name = "SOURCE")]
     from: From,
+    /// Into a registry that runs, over the wire: `HOST`. Log in first, with the right to push. Any registry will do.
+    #[arg(long, value_name = "HOST", conflicts_with_all = ["data", "config", "link", "copy"])]
+    to: Option<String>,
     #[command(flatten)]
     place: Place,
     /// Only repositories whose name at the source fits: `*` within one component, `**` over several. Several may be
@@ -55,7 +60,7 @@ pub(crate) struct Import {
     /// How many blobs or manifests move at one time.
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     parallel: usize,
-    /// Send a registry no more than this many requests a second.
+    /// Send the source no more than this many requests a second.
     #[arg(long, value_name = "REQUESTS")]
     rate: Option<u32>,
 }
@@ -131,6 +136,11 @@ impl Import {
         plans: Plans,
         global: &Global,
     ) -> anyhow::Result<Exit> {
+        if let Some(host) = &self.to {
+            let sink = Target::new(target_client(host, global).await?, host);
+            let report = Box::pin(import::run(source, &sink, &plans)).await?;
+            return show(&report, global);
+        }
         let store = self.place.open("import").await?;
         let sink = StoreSink::new(&store, placement)?;
         let outcome =
@@ -139,6 +149,20 @@ impl Import {
         let report = outcome?;
         show(&report, global)
     }
+}
+
+/// A client that the destination let in: what is wrong with the name or the login is told before anything is read.
+async fn target_client(host: &str, global: &Global) -> anyhow::Result<client::Client> {
+    if host.contains('/') {
+        return Err(
+            Refused::new(Exit::USAGE, format!("`--to {host}`: a host has no slash"))
+                .hint("`--as PREFIX` puts a prefix before every name")
+                .into(),
+        );
+    }
+    let client = global.client()?;
+    client.ping(host).await?;
+    Ok(client)
 }
 
 /// Runs work on a store beside its background work.

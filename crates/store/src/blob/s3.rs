@@ -182,9 +182,12 @@ impl S3 {
         let asked = attempts(|| async {
             let asked = limited(CONTROL, self.0.store.get_range(&path, 0..1)).await;
             // Whoever starts a server wants to hear of a wrong name at once.
-            asked.map_err(|failure| match failure.code("NoSuchBucket") {
-                true => failure.at_last(),
-                false => failure,
+            asked.map_err(|failure| {
+                if failure.code("NoSuchBucket") {
+                    failure.at_last()
+                } else {
+                    failure
+                }
             })
         })
         .await;

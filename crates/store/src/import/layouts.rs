@@ -2,8 +2,9 @@
 //!
 //! A repository's name is the path of its layout. Tags are the annotation `org.opencontainers.image.ref.name` of the
 //! entries of `index.json`. zot keeps the bytes of a blob that several repositories share in one of them, or in
-//! `_blobstore`: elsewhere it is a hard link, a file without bytes, or nothing. Such a blob is looked for by its
-//! digest in all directories, which are listed once, when the first such blob is met.
+//! `_blobstore`: elsewhere it is a hard link (on a disk), a file without bytes (copied out of a bucket), or nothing. Such
+//! a blob is looked for by its digest in all directories, which are listed once, when the first such blob is met. Its
+//! database of such blobs (`cache.db`) is not needed.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -96,6 +97,11 @@ impl Inner {
                 }
             };
             for entry in entries {
+                // What a push or a sync left half done, layouts among it. (`blobs` is looked into: a repository below
+                // another one may have that name.)
+                if self.shape == Shape::Zot && TEMPORARY.contains(&entry.name.as_str()) {
+                    continue;
+                }
                 let below = if path.is_empty() {
                     entry.name.clone()
                 } else {
@@ -314,7 +320,9 @@ fn tag_of(name: &str) -> Option<Tag> {
 }
 
 const MARKER: &str = "oci-layout";
-/// Where zot keeps the bytes of shared blobs.
+/// Where zot keeps what is under way, in each repository.
+const TEMPORARY: [&str; 2] = [".uploads", ".sync"];
+/// Where versions of zot keep the bytes of shared blobs.
 const BLOB_STORE: &str = "_blobstore";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The longest `index.json`, in bytes: one of zot's lists every manifest of its repository.

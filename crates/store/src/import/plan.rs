@@ -28,7 +28,7 @@ pub(super) struct Node {
     pub(super) body: Option<Bytes>,
     pub(super) blobs: Vec<Descriptor>,
     children: Vec<Digest>,
-    subject: Option<Digest>,
+    pub(super) subject: Option<Digest>,
     pub(super) tags: Vec<Tag>,
     /// It stands in the list of its repository by its own.
     listed: bool,

@@ -386,7 +386,13 @@ impl<S: Source, D: Sink> Job<'_, S, D> {
         // The semaphore is never closed.
         let _turn = self.turns.acquire().await.map_err(Failure::fatal)?;
         let digest = &node.descriptor.digest;
-        let there = self.sink.has_manifest(into, &node.descriptor).await?;
+        let mut there = self.sink.has_manifest(into, &node.descriptor).await?;
+        if let Some(subject) = &node.subject
+            && there
+            && !self.sink.lists_referrers()
+        {
+            there = self.sink.has_referrer(into, subject, digest).await?;
+        }
         let mut tags = Vec::new();
         for tag in &node.tags {
             if !there || self.sink.tag(into, tag).await?.as_ref() != Some(digest) {

@@ -1,5 +1,6 @@
 //! A registry that runs, read over the wire.
 
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -186,11 +187,15 @@ impl Chunks for Pieces {
     ) -> Pin<Box<dyn Future<Output = Result<Option<Bytes>, Failure>> + Send + '_>> {
         Box::pin(async move { self.0.next().await.map_err(failure) })
     }
+
+    fn origin(&self) -> Option<&(dyn Any + Send + Sync)> {
+        Some(self.0.repository())
+    }
 }
 
 /// What may be better a little later, or after a login, ends the run, which is then started again; everything else
 /// concerns one piece of content.
-fn failure(error: client::Error) -> Failure {
+pub(super) fn failure(error: client::Error) -> Failure {
     if error.is_transient() || matches!(error, client::Error::Unauthorized { .. }) {
         Failure::fatal(error)
     } else {
