@@ -11,6 +11,7 @@
 mod policy;
 pub(crate) mod undo;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use oci::{Digest, RepositoryName, Tag};
@@ -22,7 +23,7 @@ use crate::event;
 use crate::model::Actor;
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
-use crate::tag::{self, Change};
+use crate::tag::{self, Change, Judged};
 use crate::{audit, repository};
 
 pub use policy::{Keep, Pattern, Policy, Verdict};
@@ -428,7 +429,7 @@ impl Store {
             let rows = inner.db.scan(&TO_REMOVE, values).await?;
             let mut tags = Vec::with_capacity(rows.len());
             for row in &rows {
-                tags.push(Planned {
+                tags.push(Judged {
                     tag: row.parse(0)?,
                     digest: row.digest(1)?,
                     generation: row.i64(2)?,
@@ -654,18 +655,11 @@ impl Body for Decide {
     }
 }
 
-/// A tag as the plan saw it.
-struct Planned {
-    tag: Tag,
-    digest: Digest,
-    generation: i64,
-}
-
 /// Removes a few tags of one repository.
 struct Remove {
     run: i64,
     repository: RepositoryName,
-    tags: Vec<Planned>,
+    tags: Vec<Judged>,
     lease: Duration,
 }
 
@@ -686,40 +680,40 @@ impl Body for Remove {
         };
         let now = tx.now();
         let mut events = Vec::new();
+        let (mut pinned, mut doomed) = (Vec::new(), Vec::new());
         for planned in &self.tags {
-            let pinned = tx
-                .query_opt(
-                    &PINNED,
-                    &[
-                        place.repository.into(),
-                        (&planned.digest).into(),
-                        now.into(),
-                    ],
-                )
-                .await?
-                .is_some();
-            let stays = if pinned {
-                Some("it was pinned after the plan")
+            let key = [
+                place.repository.into(),
+                (&planned.digest).into(),
+                now.into(),
+            ];
+            if tx.query_opt(&PINNED, &key).await?.is_some() {
+                pinned.push(planned);
             } else {
-                let removed = tag::remove_unmoved(
-                    tx,
-                    &change,
-                    &planned.tag,
-                    planned.generation,
-                    &planned.digest,
-                    &mut events,
-                )
-                .await?;
-                (!removed).then_some("it moved after the plan")
-            };
-            if let Some(reason) = stays {
+                doomed.push(planned);
+            }
+        }
+        let moved = tag::remove_unmoved(tx, &change, &doomed, &mut events).await?;
+        let stayed = pinned
+            .iter()
+            .map(|planned| (*planned, "it was pinned after the plan"));
+        let stayed: BTreeMap<&Tag, &str> = stayed
+            .chain(
+                moved
+                    .iter()
+                    .map(|planned| (*planned, "it moved after the plan")),
+            )
+            .map(|(planned, reason)| (&planned.tag, reason))
+            .collect();
+        for planned in &self.tags {
+            if let Some(reason) = stayed.get(&planned.tag) {
                 tx.execute(
                     &STAYED,
                     &[
                         self.run.into(),
                         self.repository.as_str().into(),
                         planned.tag.as_str().into(),
-                        reason.into(),
+                        (*reason).into(),
                     ],
                 )
                 .await?;

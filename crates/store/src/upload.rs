@@ -117,7 +117,7 @@ impl Body for Start {
             ],
         )
         .await?;
-        collect::enqueue(tx, Kind::Upload, place.repository, id, expires).await?;
+        collect::enqueue(tx, Kind::Upload, place.repository, id, expires);
         failpoint("upload.after_row");
         Ok(id)
     }
@@ -425,7 +425,7 @@ impl Body for Commit {
                 .query_opt(&REMOVE_VERSION, &[id.into(), version.into()])
                 .await?
                 .ok_or(Error::UploadUnknown)?;
-            collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
+            collect::forget(tx, Kind::Upload, gone.i64(5)?, id);
             let kept = match &self.content {
                 Content::Inline(_) => None,
                 Content::Object(key) => Some(key),
@@ -487,13 +487,15 @@ impl Body for Collect {
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {
-            return collect::forget(tx, Kind::Upload, self.repository, self.id).await;
+            collect::forget(tx, Kind::Upload, self.repository, self.id);
+            return Ok(());
         };
         // A writer on another replica keeps it, however old it is.
         let due = row.i64(0)?.max(row.opt_i64(1)?.unwrap_or(i64::MIN));
         if due > tx.now().0 {
             let due = Timestamp(due);
-            return collect::enqueue(tx, Kind::Upload, self.repository, self.id, due).await;
+            collect::enqueue(tx, Kind::Upload, self.repository, self.id, due);
+            return Ok(());
         }
         remove(tx, self.id).await.map(drop)
     }
@@ -504,7 +506,7 @@ async fn remove(tx: &mut Tx, id: i64) -> Result<bool, Error> {
         return Ok(false);
     };
     discard_objects(tx, &gone, None).await?;
-    collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
+    collect::forget(tx, Kind::Upload, gone.i64(5)?, id);
     Ok(true)
 }
 
