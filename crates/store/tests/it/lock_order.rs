@@ -87,6 +87,45 @@ async fn no_deadlock_comes_of_moves_deletions_pins_and_collection() {
     assert_eq!(deadlocks, 0);
 }
 
+/// The pin waits for a deletion that is under way, and then finds nothing: it is never said to hold what goes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pin_that_comes_during_the_deletion_of_its_repository_is_missing() {
+    let engine = crate::engine::postgres(Options::default()).await;
+    let (store, repository) = (engine.store.clone(), name("team/app"));
+    let view = crate::engine::push_image(&store, &repository, 1, &["v1"]).await;
+    let deletion = connect(&engine.url).await;
+    // What `delete_repository` does, held open.
+    deletion
+        .batch_execute(
+            "BEGIN; SELECT id FROM repository WHERE name = 'team/app' FOR UPDATE; \
+             UPDATE repository SET name = '/deleted/' || id, deleted_name = name, deleted_at = 1",
+        )
+        .await
+        .unwrap();
+    let pin = Pin {
+        repository: repository.clone(),
+        digest: described(&view).digest,
+        reason: String::new(),
+        expires: None,
+    };
+    let pinning = {
+        let (store, pin) = (store.clone(), pin.clone());
+        tokio::spawn(async move {
+            store
+                .set_pins("agent:one", vec![pin], ExpectedPins::Any, &actor())
+                .await
+        })
+    };
+    let client = connect(&engine.url).await;
+    crate::cluster::waiting(&client, "transactionid").await;
+    deletion.batch_execute("COMMIT").await.unwrap();
+    let outcome = pinning.await.unwrap().unwrap();
+    assert_eq!(outcome.held, []);
+    assert_eq!(outcome.missing, [(pin.repository, pin.digest)]);
+    assert_eq!(store.pins("agent:one").await.unwrap().unwrap().pins, []);
+    store.close().await.unwrap();
+}
+
 /// A few manifests that everybody puts, tags, pins and deletes.
 struct World {
     config: Descriptor,
