@@ -46,7 +46,7 @@ use crate::collect::{self, QueueChanges};
 use crate::error::Error;
 use crate::mode::Gate;
 
-pub(crate) use migration::MIGRATIONS;
+pub(crate) use migration::{MIGRATIONS, refuse_newer_sqlite};
 pub(crate) use postgres::{Listener, check as check_postgres};
 pub(crate) use sqlite::{
     CHECKPOINT_BYTES, Pause, Sqlite, check as check_sqlite, map as sqlite_error, poll_once,

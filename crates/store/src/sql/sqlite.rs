@@ -614,9 +614,8 @@ pub(crate) fn snapshot(path: &Path, alone: bool, context: Context) -> Result<Tx,
         reader(path)?
     };
     // BEGIN alone takes no snapshot, the first read does.
-    connection
-        .execute_batch("BEGIN; SELECT 1 FROM meta LIMIT 1;")
-        .map_err(map)?;
+    connection.execute_batch("BEGIN").map_err(map)?;
+    super::migration::check_sqlite(&connection, path, super::MIGRATIONS)?;
     Ok(Tx::new(Connection::Sqlite(Box::new(connection)), context))
 }
 
