@@ -199,9 +199,11 @@ pub(crate) async fn ensure(tx: &mut Tx, name: &RepositoryName) -> Result<Place, 
         ],
     )
     .await?;
-    find(tx, name)
-        .await?
-        .ok_or_else(|| Error::Database("a repository vanished".to_owned()))
+    match find(tx, name).await? {
+        Some(place) => Ok(place),
+        // It was there by then, and was deleted since.
+        None => Err(tx.again("the repository")),
+    }
 }
 
 /// Finds a namespace or makes it.
