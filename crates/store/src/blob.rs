@@ -288,8 +288,8 @@ impl Body for Delete {
         failpoint("delete.before_rows");
         lease::release(tx, place, held).await?;
         let now = tx.now();
-        collect::enqueue(tx, Kind::Blob, 0, held.blob, now).await?;
-        collect::forget(tx, Kind::RepositoryBlob, place.repository, held.blob).await?;
+        collect::enqueue(tx, Kind::Blob, 0, held.blob, now);
+        collect::forget(tx, Kind::RepositoryBlob, place.repository, held.blob);
         failpoint("delete.after_rows");
         let target = format!("{}@{}", self.repository.as_str(), self.digest);
         audit::allowed(tx, &self.actor, "blob.delete", target).await

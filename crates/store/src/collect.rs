@@ -42,9 +42,7 @@
 //! it away puts the candidate in again, which the collector's last statement does not undo: it removes only the row
 //! that was claimed.
 //!
-//! Lock order: a manifest before its tags and before what it names, manifests before blobs, each in the order of
-//! the digests; a hold before its blob's queue row; an own queue row last. Where a request cannot keep it (the
-//! deletion of a tag learns the manifest from the tag) PostgreSQL breaks the tie and the transaction runs again.
+//! The order of locks is that of [`crate::sql`].
 
 mod candidate;
 mod dry_run;
@@ -61,8 +59,8 @@ pub use dry_run::{DryRun, DryRunItem};
 pub use explain::{Kept, Reason};
 pub use outbox::OutboxLength;
 pub(crate) use outbox::{count as count_deletions, discard, discard_blob, discard_multipart};
+pub(crate) use queue::{Changes as QueueChanges, change as change_queue, enqueue, forget};
 pub use queue::{Kind, QueueLag, QueueLength};
-pub(crate) use queue::{enqueue, forget};
 pub use settings::{GcOptions, Window, WindowError};
 pub use worker::{CollectionStatus, CollectionTotals};
 pub(crate) use worker::{Collector, drain, work};

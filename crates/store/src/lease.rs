@@ -35,6 +35,7 @@ statements! {
     RENEW_MANIFEST = "UPDATE manifest SET lease_until = \
                           CASE WHEN lease_until < $3 THEN $3 ELSE lease_until END \
                       WHERE repository_id = $1 AND digest = $2 RETURNING id";
+    TRY_MANIFEST = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2 {for no key update, skip locked}";
     TAKE_PAIR = "SELECT b.id, b.size, b.state, b.digest, rb.lease_until FROM repository_blob rb \
                  JOIN blob b ON b.id = rb.blob_id \
                  WHERE rb.repository_id = $1 AND rb.blob_id = $2 {for update of rb}";
@@ -77,7 +78,8 @@ pub(crate) async fn grant(
         usage::add(tx, place, size as i64, 1).await?;
         manifest::fill_blob_edges(tx, place.repository, digest, blob).await?;
     }
-    collect::enqueue(tx, Kind::RepositoryBlob, place.repository, blob, until).await
+    collect::enqueue(tx, Kind::RepositoryBlob, place.repository, blob, until);
+    Ok(())
 }
 
 /// The blob that a repository holds under this digest, locked until the transaction ends so that no
@@ -170,6 +172,23 @@ pub(crate) async fn after_edge_to_manifest(
         .map(drop)
 }
 
+/// As [`after_edge_to_manifest`], by a transaction that holds another manifest already and so waits for none: when
+/// somebody has this one the transaction begins again.
+pub(crate) async fn after_edge_below(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    lease: Duration,
+) -> Result<(), Error> {
+    let key = [repository.into(), digest.into()];
+    if tx.query_opt(&TRY_MANIFEST, &key).await?.is_none()
+        && manifest::id(tx, repository, digest).await?.is_some()
+    {
+        return Err(tx.again("what the manifest names"));
+    }
+    after_edge_to_manifest(tx, repository, digest, lease).await
+}
+
 /// How long the target of a removed edge is kept. `LONGSHORE_TEST_BUG=no-renewal` plants the bug that a test of `I7`
 /// must find.
 fn renewal(lease: Duration) -> Duration {
@@ -216,7 +235,7 @@ pub(crate) async fn renew_blob(
     let Some(row) = renewed else {
         return Ok(false);
     };
-    collect::enqueue(tx, Kind::RepositoryBlob, repository, row.i64(0)?, until).await?;
+    collect::enqueue(tx, Kind::RepositoryBlob, repository, row.i64(0)?, until);
     Ok(true)
 }
 
@@ -237,7 +256,7 @@ pub(crate) async fn renew_manifest(
     let Some(row) = renewed else {
         return Ok(false);
     };
-    collect::enqueue(tx, Kind::Manifest, repository, row.i64(0)?, until).await?;
+    collect::enqueue(tx, Kind::Manifest, repository, row.i64(0)?, until);
     Ok(true)
 }
 
@@ -260,7 +279,7 @@ impl Body for Renew {
     type Output = bool;
 
     async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
-        let Some(place) = repository::find(tx, &self.repository).await? else {
+        let Some(place) = repository::look_up(tx, &self.repository).await? else {
             return Ok(false);
         };
         match self.kind {

@@ -81,7 +81,9 @@ pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
 pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
-pub use verify::{VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_store};
+pub use verify::{
+    VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_audit_at, verify_store,
+};
 
 /// The names of all failpoints, in the order in which a push passes them. They kill the process only in a build
 /// with the feature `failpoints` (`LONGSHORE_FAILPOINT=name[:n]`).

@@ -20,7 +20,7 @@ use crate::failpoint::failpoint;
 use crate::model::{Actor, EventKind, PutManifest, PutOutcome, StoredManifest};
 use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
-use crate::tag::{self, Change, Target};
+use crate::tag::{self, Change, TagsOf, Target};
 use crate::{audit, lease, pin, referrer, usage};
 
 statements! {
@@ -34,6 +34,7 @@ statements! {
                      AND c.digest = m.digest) THEN 1 ELSE 0 END AS BIGINT) AS referenced \
              FROM repository r JOIN manifest m ON m.repository_id = r.id WHERE r.name = $1 AND m.digest = $2";
     SHARE = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2 {for key share}";
+    HOLD = "SELECT id FROM manifest WHERE repository_id = $1 AND digest = $2 {for no key update}";
     TAKE = "SELECT id, media_type, artifact_type, subject, size FROM manifest \
             WHERE repository_id = $1 AND digest = $2 {for update}";
     TAKE_ROW = "SELECT id, media_type, artifact_type, subject, size, digest FROM manifest WHERE id = $1 {for update}";
@@ -138,7 +139,9 @@ impl Body for Put {
         let put = &*self.put;
         failpoint("manifest.before_transaction");
         let place = repository::ensure(tx, &put.repository).await?;
-        let edges = self.references(tx, place).await?;
+        let tags = tag::take_all(tx, place.repository, &put.tags).await?;
+        let left = tags.left(&put.digest);
+        let (edges, known) = self.references(tx, place, &left).await?;
         failpoint("manifest.after_references");
 
         let (now, fresh) = (tx.now(), tx.id());
@@ -166,7 +169,27 @@ impl Body for Put {
             .ok_or_else(|| Error::Database("a manifest vanished".to_owned()))?
             .i64(0)?;
         let created = id == fresh;
+        if !created && known != Some(id) {
+            // Somebody else put it in since it was looked for.
+            return Err(tx.again("the manifest"));
+        }
         failpoint("manifest.after_row");
+
+        let change = Change {
+            place,
+            repository: &put.repository,
+            actor: &put.actor,
+            lease: self.lease,
+        };
+        let target = Target {
+            manifest: id,
+            digest: &put.digest,
+            size,
+            view: &put.view,
+        };
+        let mut tag_events = Vec::new();
+        tag::set(tx, &change, &target, tags, &mut tag_events).await?;
+        failpoint("manifest.after_tags");
 
         let mut events = Vec::new();
         if created {
@@ -202,28 +225,9 @@ impl Body for Put {
         }
         let subject =
             referrer::link_subject(tx, place.repository, &put.digest, size, &put.view).await?;
-        collect::enqueue(tx, Kind::Manifest, place.repository, id, until).await?;
+        collect::enqueue(tx, Kind::Manifest, place.repository, id, until);
         failpoint("manifest.after_edges");
-
-        let change = Change {
-            place,
-            repository: &put.repository,
-            actor: &put.actor,
-            lease: self.lease,
-        };
-        let target = Target {
-            manifest: id,
-            digest: &put.digest,
-            size,
-            view: &put.view,
-        };
-        // In one order, so that two PUTs of the same tags never wait for each other.
-        let mut tags: Vec<_> = put.tags.iter().collect();
-        tags.sort_by(|a, b| a.tag.cmp(&b.tag));
-        for write in tags {
-            tag::set(tx, &change, &target, write, &mut events).await?;
-        }
-        failpoint("manifest.after_tags");
+        events.append(&mut tag_events);
         let event = event::write(tx, &events, &put.actor).await?;
         failpoint("manifest.after_event");
         let mut target = format!("{}@{}", put.repository.as_str(), put.digest);
@@ -242,8 +246,15 @@ impl Body for Put {
 }
 
 impl Put {
-    /// Looks up and locks all that the manifest names, in the order of the digests (`I3`, `I4`).
-    async fn references(&self, tx: &mut Tx, place: Place) -> Result<BTreeMap<Digest, Edge>, Error> {
+    /// Looks up and locks all that the manifest names (`I3`, `I4`), the manifests that lose a tag to it, whose leases
+    /// are renewed (`I7`), and the manifest itself, whose row id is told when it is there: manifests in the order of
+    /// the digests, then blobs.
+    async fn references(
+        &self,
+        tx: &mut Tx,
+        place: Place,
+        left: &BTreeSet<Digest>,
+    ) -> Result<(BTreeMap<Digest, Edge>, Option<i64>), Error> {
         let view = &self.put.view;
         // What is named: as a blob or as a child, and whether its absence is legal. A digest that is named
         // twice must be there when one of its names demands it.
@@ -261,25 +272,38 @@ impl Put {
             .filter(|child| !types::is_manifest(&child.media_type))
             .map(|child| &child.digest)
             .collect();
+        let own = &self.put.digest;
+        let children = named.iter().filter(|(_, (is_child, _))| *is_child);
+        let mut manifests: BTreeSet<&Digest> = children.map(|(digest, _)| *digest).collect();
+        manifests.extend(left);
+        manifests.insert(own);
+        let mut found = BTreeMap::new();
+        for digest in manifests {
+            if left.contains(digest) {
+                lease::after_edge_to_manifest(tx, place.repository, digest, self.lease).await?;
+            }
+            let statement = if digest == own { &HOLD } else { &SHARE };
+            let key = [place.repository.into(), digest.into()];
+            if (digest == own || named.contains_key(digest))
+                && let Some(row) = tx.query_opt(statement, &key).await?
+            {
+                found.insert(digest, row.i64(0)?);
+            }
+        }
         let mut edges = BTreeMap::new();
         let mut missing = Vec::new();
         for (digest, (is_child, may_miss)) in named {
-            let edge = if is_child {
-                let child = tx
-                    .query_opt(&SHARE, &[place.repository.into(), digest.into()])
-                    .await?
-                    .map(|row| row.i64(0))
-                    .transpose()?;
+            let edge = match found.get(digest) {
+                Some(child) if is_child => Edge::Child(Some(*child)),
                 // An index may name content that is no manifest; then it is a blob.
-                match child {
-                    None if unsure.contains(digest) => match held_blob(tx, place, digest).await? {
+                None if is_child && unsure.contains(digest) => {
+                    match held_blob(tx, place, digest).await? {
                         Some(blob) => Edge::Blob(Some(blob)),
                         None => Edge::Child(None),
-                    },
-                    child => Edge::Child(child),
+                    }
                 }
-            } else {
-                Edge::Blob(held_blob(tx, place, digest).await?)
+                None if is_child => Edge::Child(None),
+                _ => Edge::Blob(held_blob(tx, place, digest).await?),
             };
             if matches!(edge, Edge::Blob(None) | Edge::Child(None))
                 && !may_miss
@@ -290,7 +314,7 @@ impl Put {
             edges.insert(digest.clone(), edge);
         }
         if missing.is_empty() {
-            Ok(edges)
+            Ok((edges, found.get(own).copied()))
         } else {
             Err(Error::MissingReferences(missing))
         }
@@ -320,6 +344,8 @@ impl Body for Delete {
             .await?
             .ok_or_else(unknown)?;
         let key = [place.repository.into(), (&self.digest).into()];
+        let id = id(tx, place.repository, &self.digest).await?;
+        let tags = tag::take_of(tx, id.ok_or_else(unknown)?).await?;
         let row = tx.query_opt(&TAKE, &key).await?.ok_or_else(unknown)?;
         // A new statement after the lock: it sees every edge that was committed before it was granted.
         if tx.query_opt(&CHILD_NAMED, &key).await?.is_some() {
@@ -334,7 +360,7 @@ impl Body for Delete {
             actor: &self.actor,
             lease: self.lease,
         };
-        remove(tx, &change, &doomed).await?;
+        remove(tx, &change, &doomed, tags).await?;
         let target = format!("{}@{}", self.repository.as_str(), self.digest);
         audit::allowed(tx, &self.actor, "manifest.delete", target).await
     }
@@ -371,29 +397,35 @@ pub(crate) async fn take(tx: &mut Tx, manifest: i64) -> Result<Option<Doomed>, E
         .transpose()
 }
 
-/// Deletes a manifest with its tags and edges. What these led to is kept for the time of a lease (`I7`) and then looked
-/// at. The rows below it come first, manifests before blobs and each in the order of the digests, and the queue row
-/// last: whoever else locks several of them does it in this order.
-pub(crate) async fn remove(tx: &mut Tx, change: &Change<'_>, doomed: &Doomed) -> Result<(), Error> {
+/// Deletes a manifest with its tags, which are locked as it is, and its edges. What these led to is kept for the time of a
+/// lease (`I7`) and then looked at. The holds are locked before the edges go.
+pub(crate) async fn remove(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    doomed: &Doomed,
+    tags: TagsOf,
+) -> Result<(), Error> {
     let repository = change.place.repository;
     let Doomed { id, digest, .. } = doomed;
     let mut events = Vec::new();
-    tag::remove_all_of(tx, change, *id, &doomed.media_type, &mut events).await?;
     let blobs = digests(&tx.query(&BLOB_EDGES, &[(*id).into()]).await?)?;
     let mut manifests = digests(&tx.query(&CHILD_EDGES, &[(*id).into()]).await?)?;
-    manifests.extend(referrer::subject_gone(tx, repository, digest).await?);
+    manifests.extend(referrer::of_subject(tx, repository, digest).await?);
     manifests.sort();
     manifests.dedup();
-    referrer::remove(tx, repository, digest).await?;
-    failpoint("delete.before_rows");
-    tx.execute(&REMOVE, &[(*id).into()]).await?;
-    failpoint("delete.after_rows");
     for digest in &manifests {
-        lease::after_edge_to_manifest(tx, repository, digest, change.lease).await?;
+        lease::after_edge_below(tx, repository, digest, change.lease).await?;
     }
     for digest in &blobs {
         lease::after_edge_to_blob(tx, repository, digest, change.lease).await?;
     }
+    let manifest = (*id, digest, doomed.media_type.as_str());
+    tag::remove_all(tx, change, tags, manifest, &mut events).await?;
+    referrer::subject_gone(tx, repository, digest).await?;
+    referrer::remove(tx, repository, digest).await?;
+    failpoint("delete.before_rows");
+    tx.execute(&REMOVE, &[(*id).into()]).await?;
+    failpoint("delete.after_rows");
     usage::add(tx, change.place, -(doomed.size as i64), -1).await?;
     events.push(NewEvent {
         kind: EventKind::ManifestDeleted,
@@ -406,7 +438,8 @@ pub(crate) async fn remove(tx: &mut Tx, change: &Change<'_>, doomed: &Doomed) ->
         subject: doomed.subject.clone(),
     });
     event::write(tx, &events, change.actor).await?;
-    collect::forget(tx, Kind::Manifest, repository, *id).await
+    collect::forget(tx, Kind::Manifest, repository, *id);
+    Ok(())
 }
 
 fn digests(rows: &[Row]) -> Result<Vec<Digest>, Error> {

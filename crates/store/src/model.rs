@@ -18,6 +18,8 @@ pub struct Options {
     pub upload_expiry: Duration,
     /// How long a writer may send nothing before it loses its claim (30 s).
     pub claim_idle: Duration,
+    /// How long a request waits for the end of an upload's writer on another replica (10 s).
+    pub claim_wait: Duration,
     /// How long events are kept (7 days).
     pub event_retention: Duration,
     /// Blobs up to this many bytes live in their row (16 KiB).
@@ -53,6 +55,7 @@ impl Default for Options {
             lease: Duration::from_hours(24),
             upload_expiry: Duration::from_hours(24),
             claim_idle: Duration::from_secs(30),
+            claim_wait: Duration::from_secs(10),
             event_retention: Duration::from_hours(7 * 24),
             inline_limit: 16 * 1024,
             allow_sparse: false,

@@ -13,6 +13,7 @@ use oci::{Digest, RepositoryName};
 
 use crate::clock::Timestamp;
 use crate::error::Error;
+use crate::failpoint::failpoint;
 use crate::model::Actor;
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
@@ -35,8 +36,7 @@ statements! {
     REMOVE_OF = "DELETE FROM pin WHERE manifest_id = $1";
     EXPIRED = "SELECT holder, repository_id, digest FROM pin WHERE expires_at IS NOT NULL AND expires_at <= $1 \
                ORDER BY holder, repository_id, digest LIMIT 100";
-    REMOVE_EXPIRED = "DELETE FROM pin WHERE holder = $1 AND repository_id = $2 AND digest = $3 AND expires_at <= $4 \
-                      RETURNING manifest_id";
+    REMOVE_EXPIRED = "DELETE FROM pin WHERE holder = $1 AND repository_id = $2 AND digest = $3 AND expires_at <= $4";
     SET = "SELECT version, updated_at, updated_by FROM pin_holder WHERE holder = $1";
     PINS = "SELECT r.name, p.digest, p.reason, p.created_at, p.created_by, p.expires_at, p.holder FROM pin p \
             JOIN repository r ON r.id = p.repository_id WHERE p.holder = $1 ORDER BY r.name, p.digest";
@@ -345,7 +345,6 @@ impl Body for Replace {
             missing: Vec::new(),
             expired: Vec::new(),
         };
-        // By row ids, so that everybody locks manifests in one order.
         let mut wanted = BTreeMap::new();
         let mut places = BTreeMap::new();
         for (name, pin) in &self.pins {
@@ -369,57 +368,65 @@ impl Body for Replace {
         }
         let mut changed = version == 0;
         let mut added = 0;
-        for ((repository, digest), pin) in &wanted {
-            let expires = pin.expires.map(|expires| expires.0);
-            let values = |rest: [crate::sql::Value; 2]| {
-                let [reason, expires] = rest;
-                [
-                    holder.into(),
-                    (*repository).into(),
-                    digest.into(),
-                    reason,
-                    expires,
-                ]
+        let mut removed = 0;
+        // What is added, changed and removed in one order, in which everybody locks manifests.
+        let keys: BTreeSet<_> = wanted.keys().chain(old.keys()).cloned().collect();
+        for key in keys {
+            let kept = old.remove(&key);
+            let (repository, digest) = key;
+            let Some(pin) = wanted.get(&(repository, digest.clone())) else {
+                changed = true;
+                removed += 1;
+                failpoint("pin.before_remove");
+                release(tx, holder, repository, &digest, self.lease).await?;
+                continue;
             };
-            match old.remove(&(*repository, digest.clone())) {
-                Some(kept) if kept.reason == pin.reason && kept.expires == expires => {}
-                Some(_) => {
-                    changed = true;
-                    tx.execute(&CHANGE, &values([(&pin.reason).into(), expires.into()]))
-                        .await?;
-                }
-                None => {
-                    let Some(manifest) = manifest::share(tx, *repository, digest).await? else {
-                        outcome
-                            .missing
-                            .push((pin.repository.clone(), digest.clone()));
-                        continue;
-                    };
-                    changed = true;
-                    added += 1;
-                    tx.execute(
-                        &ADD,
-                        &[
-                            holder.into(),
-                            (*repository).into(),
-                            digest.into(),
-                            manifest.into(),
-                            (&pin.reason).into(),
-                            now.into(),
-                            principal.into(),
-                            expires.into(),
-                        ],
-                    )
-                    .await?;
-                }
+            let expires = pin.expires.map(|expires| expires.0);
+            let values = [
+                holder.into(),
+                repository.into(),
+                (&digest).into(),
+                (&pin.reason).into(),
+                expires.into(),
+            ];
+            if kept
+                .as_ref()
+                .is_some_and(|kept| kept.reason == pin.reason && kept.expires == expires)
+            {
+                outcome.held.push((pin.repository.clone(), digest));
+                continue;
             }
-            outcome.held.push((pin.repository.clone(), digest.clone()));
-        }
-        let removed = old.len();
-        for (repository, digest) in old.into_keys() {
+            // Held also where a pin only changes: nobody then takes it for one that has ended.
+            let Some(manifest) = manifest::share(tx, repository, &digest).await? else {
+                outcome.missing.push((pin.repository.clone(), digest));
+                continue;
+            };
             changed = true;
-            release(tx, holder, repository, &digest, self.lease).await?;
+            if kept.is_some() {
+                failpoint("pin.before_change");
+                tx.execute(&CHANGE, &values).await?;
+            } else {
+                added += 1;
+                let [holder, repository, digest, reason, expires] = values;
+                failpoint("pin.before_add");
+                tx.execute(
+                    &ADD,
+                    &[
+                        holder,
+                        repository,
+                        digest,
+                        manifest.into(),
+                        reason,
+                        now.into(),
+                        principal.into(),
+                        expires,
+                    ],
+                )
+                .await?;
+            }
+            outcome.held.push((pin.repository.clone(), digest));
         }
+        failpoint("pin.after_rows");
         outcome.held.sort_unstable();
         outcome.missing.sort_unstable();
         if changed {
@@ -497,9 +504,8 @@ async fn release(
     digest: &Digest,
     lease: std::time::Duration,
 ) -> Result<(), Error> {
+    lease::renew_manifest(tx, repository, digest, lease).await?;
     tx.execute(&REMOVE, &[holder.into(), repository.into(), digest.into()])
-        .await?;
-    lease::renew_manifest(tx, repository, digest, lease)
         .await
         .map(drop)
 }
@@ -555,22 +561,25 @@ impl Body for Expire {
             tx.execute(&CHANGE_HOLDER, &[holder.into(), version.into()])
                 .await?;
         }
+        let mut ended = Vec::with_capacity(rows.len());
         for row in &rows {
-            let (holder, repository, digest) = (row.text(0)?, row.i64(1)?, row.digest(2)?);
-            let gone = tx
-                .query_opt(
-                    &REMOVE_EXPIRED,
-                    &[
-                        (&holder).into(),
-                        repository.into(),
-                        (&digest).into(),
-                        now.into(),
-                    ],
-                )
-                .await?;
-            if gone.is_some() {
-                lease::renew_manifest(tx, repository, &digest, self.lease).await?;
-            }
+            ended.push((row.i64(1)?, row.digest(2)?, row.text(0)?));
+        }
+        // In the order in which everybody locks manifests. What was made to last longer since is only leased in vain.
+        ended.sort();
+        for (repository, digest, holder) in &ended {
+            lease::renew_manifest(tx, *repository, digest, self.lease).await?;
+            failpoint("pin.before_expire");
+            tx.execute(
+                &REMOVE_EXPIRED,
+                &[
+                    holder.into(),
+                    (*repository).into(),
+                    digest.into(),
+                    now.into(),
+                ],
+            )
+            .await?;
         }
         Ok(())
     }

@@ -27,11 +27,16 @@ statements! {
               AND EXISTS (SELECT 1 FROM manifest m WHERE m.repository_id = f.repository_id AND m.digest = f.digest) \
             ORDER BY f.id LIMIT $5";
     OF_SUBJECT = "SELECT digest FROM referrer WHERE repository_id = $1 AND subject = $2 ORDER BY digest";
-    REMOVE = "DELETE FROM referrer WHERE repository_id = $1 AND digest = $2";
-    SUBJECT_GONE = "UPDATE referrer SET subject_gone_at = $3 \
-                    WHERE repository_id = $1 AND subject = $2 AND subject_gone_at IS NULL";
-    SUBJECT_BACK = "UPDATE referrer SET subject_gone_at = NULL \
-                    WHERE repository_id = $1 AND subject = $2 AND subject_gone_at IS NOT NULL";
+    // Statements that change several rows lock them in the order of their keys first.
+    REMOVE = "DELETE FROM referrer WHERE repository_id = $1 AND digest = $2 AND subject IN ( \
+                  SELECT f.subject FROM referrer f WHERE f.repository_id = $1 AND f.digest = $2 \
+                  ORDER BY f.subject {for update})";
+    SUBJECT_GONE = "UPDATE referrer SET subject_gone_at = $3 WHERE repository_id = $1 AND subject = $2 AND digest IN ( \
+                        SELECT f.digest FROM referrer f WHERE f.repository_id = $1 AND f.subject = $2 \
+                        AND f.subject_gone_at IS NULL ORDER BY f.digest {for update})";
+    SUBJECT_BACK = "UPDATE referrer SET subject_gone_at = NULL WHERE repository_id = $1 AND subject = $2 AND digest IN ( \
+                        SELECT f.digest FROM referrer f WHERE f.repository_id = $1 AND f.subject = $2 \
+                        AND f.subject_gone_at IS NOT NULL ORDER BY f.digest {for update})";
     UNLINK_TAG = "DELETE FROM referrer WHERE repository_id = $1 AND subject = $2 AND digest = $3 AND source = 'tag'";
 }
 
@@ -67,7 +72,9 @@ pub(crate) async fn link_tag(
         return Ok(());
     };
     if !tag.as_str().contains('.') {
-        for entry in view.children() {
+        let mut entries: Vec<_> = view.children().collect();
+        entries.sort_by(|a, b| a.digest.cmp(&b.digest));
+        for entry in entries {
             add(tx, repository, &subject, "index", entry).await?;
         }
     }
@@ -133,19 +140,19 @@ pub(crate) async fn unlink_tag(
     .map(drop)
 }
 
-/// Notes that a subject is gone and returns what is attached to it, from all sources.
+/// Notes that a subject is gone. What is attached to it later waits for a subject that never came.
 pub(crate) async fn subject_gone(
     tx: &mut Tx,
     repository: i64,
     subject: &Digest,
-) -> Result<Vec<Digest>, Error> {
+) -> Result<(), Error> {
     let now = tx.now();
     tx.execute(
         &SUBJECT_GONE,
         &[repository.into(), subject.into(), now.into()],
     )
-    .await?;
-    of_subject(tx, repository, subject).await
+    .await
+    .map(drop)
 }
 
 /// Notes that a subject is there.
@@ -160,7 +167,11 @@ pub(crate) async fn subject_here(
 }
 
 /// The digests that are attached to a subject, from all sources.
-async fn of_subject(tx: &mut Tx, repository: i64, subject: &Digest) -> Result<Vec<Digest>, Error> {
+pub(crate) async fn of_subject(
+    tx: &mut Tx,
+    repository: i64,
+    subject: &Digest,
+) -> Result<Vec<Digest>, Error> {
     tx.query(&OF_SUBJECT, &[repository.into(), subject.into()])
         .await?
         .iter()

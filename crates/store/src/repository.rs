@@ -13,6 +13,7 @@ use crate::store::Store;
 
 statements! {
     FIND = "SELECT id, namespace_id FROM repository WHERE name = $1";
+    HOLD = "SELECT id, namespace_id FROM repository WHERE name = $1 {for key share}";
     FIND_NAMESPACE = "SELECT id FROM namespace WHERE name = $1";
     ADD_NAMESPACE = "INSERT INTO namespace (id, name, created_at) VALUES ($1, $2, $3) ON CONFLICT (name) DO NOTHING";
     ADD = "INSERT INTO repository (id, namespace_id, name, created_at) VALUES ($1, $2, $3, $4) \
@@ -39,8 +40,17 @@ pub(crate) struct Place {
     pub(crate) namespace: i64,
 }
 
-/// Finds a repository inside a transaction.
+/// Finds a repository inside a transaction, which holds it to its end: it is not deleted meanwhile, and one that is
+/// being deleted is waited for and not found.
 pub(crate) async fn find(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Place>, Error> {
+    tx.query_opt(&HOLD, &[name.as_str().into()])
+        .await?
+        .map(|row| place(&row))
+        .transpose()
+}
+
+/// As [`find`], for whoever only reads or renews: nothing is held.
+pub(crate) async fn look_up(tx: &mut Tx, name: &RepositoryName) -> Result<Option<Place>, Error> {
     tx.query_opt(&FIND, &[name.as_str().into()])
         .await?
         .map(|row| place(&row))
@@ -136,7 +146,8 @@ impl Body for Delete {
         event::write(tx, &[event], &self.actor).await?;
         let target = self.name.as_str().to_owned();
         audit::allowed(tx, &self.actor, "repository.delete", target).await?;
-        collect::enqueue(tx, Kind::Repository, id, id, now).await
+        collect::enqueue(tx, Kind::Repository, id, id, now);
+        Ok(())
     }
 }
 
@@ -188,9 +199,11 @@ pub(crate) async fn ensure(tx: &mut Tx, name: &RepositoryName) -> Result<Place, 
         ],
     )
     .await?;
-    find(tx, name)
-        .await?
-        .ok_or_else(|| Error::Database("a repository vanished".to_owned()))
+    match find(tx, name).await? {
+        Some(place) => Ok(place),
+        // It was there by then, and was deleted since.
+        None => Err(tx.again("the repository")),
+    }
 }
 
 /// Finds a namespace or makes it.

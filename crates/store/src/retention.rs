@@ -23,13 +23,14 @@ use crate::error::Error;
 use crate::model::Actor;
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
+use crate::tag::Judged;
 use crate::{audit, repository};
 
 pub use policy::{Keep, Pattern, Policy, Verdict};
 pub use undo::Undone;
 
 use plan::Walk;
-use remove::{Planned, Remove};
+use remove::Remove;
 
 statements! {
     REPOSITORIES = "SELECT id, name FROM repository WHERE name > $1 AND deleted_at IS NULL ORDER BY name LIMIT 100";
@@ -429,7 +430,7 @@ impl Store {
             let rows = inner.db.scan(&TO_REMOVE, values).await?;
             let mut tags = Vec::with_capacity(rows.len());
             for row in &rows {
-                tags.push(Planned {
+                tags.push(Judged {
                     tag: row.parse(0)?,
                     digest: row.digest(1)?,
                     generation: row.i64(2)?,

@@ -4,6 +4,28 @@
 //! both engines share: parameters are `$1`, `$2` … by number, values are integers, text, bytes or NULL. Three
 //! named fragments stand for row locks, which SQLite, whose single writer is the lock, does not need.
 //!
+//! # The order of locks
+//!
+//! On PostgreSQL every transaction locks rows in this order, so no two wait for each other in a circle:
+//!
+//! | | what | among themselves |
+//! |---|---|---|
+//! | 1 | advisory locks, rows of `meta` and `chain`, holders of pins | holders by name |
+//! | 2 | namespaces and repositories | a source before a destination; only a deletion locks one against others |
+//! | 3 | uploads | by row id |
+//! | 4 | tags that are there | by name |
+//! | 5 | manifests that are there | by repository, then digest |
+//! | 6 | blobs | by digest; each replica's scrub and collector take them one at a time or skip |
+//! | 7 | holds of repositories on blobs | by digest |
+//! | 8 | new manifests, then new tags | tags by name |
+//! | 9 | pins, edges and referrers | by the keys that come first in their table's own key |
+//! | 10 | rows of the collector's queue | by kind, repository and target; [`Tx`] collects the changes and makes them last |
+//!
+//! Rows that nobody else knows yet, and those that are only ever inserted (history, events, audit, usage), have no place
+//! in it. Who holds a row and finds that an earlier one is needed after all tries it without waiting, and begins again
+//! when somebody has it ([`Tx::again`]): what a manifest names, when the manifest goes, and a tag that came to it since its
+//! tags were locked.
+//!
 //! A transaction is a [`Body`]: a value with a function that can run again. It awaits only its [`Tx`], so
 //! SQLite's writer thread can poll it once, and PostgreSQL can repeat it after a conflict.
 
@@ -20,10 +42,11 @@ use std::sync::Arc;
 use tokio::sync::{Notify, watch};
 
 use crate::clock::{Clock, Timestamp};
+use crate::collect::{self, QueueChanges};
 use crate::error::Error;
 use crate::mode::Gate;
 
-pub(crate) use migration::MIGRATIONS;
+pub(crate) use migration::{MIGRATIONS, refuse_newer_sqlite};
 pub(crate) use postgres::{Listener, check as check_postgres};
 pub(crate) use sqlite::{
     CHECKPOINT_BYTES, Pause, Sqlite, check as check_sqlite, map as sqlite_error, poll_once,
@@ -213,6 +236,14 @@ pub(crate) trait Body: Send + Sync + 'static {
     fn run(&self, tx: &mut Tx) -> impl Future<Output = Result<Self::Output, Error>> + Send;
 }
 
+/// Runs a body and then, as its last locks, what it changes in the collector's queue.
+async fn run_body<B: Body>(body: &B, tx: &mut Tx) -> Result<B::Output, Error> {
+    tx.queue = QueueChanges::default();
+    let output = body.run(tx).await?;
+    collect::change_queue(tx).await?;
+    Ok(output)
+}
+
 /// Whose write a transaction is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WriteKind {
@@ -235,6 +266,8 @@ pub(crate) struct Tx {
     now: Timestamp,
     event: i64,
     unsealed: bool,
+    /// Changes of the collector's queue, which are made last.
+    pub(crate) queue: QueueChanges,
 }
 
 enum Connection {
@@ -251,6 +284,19 @@ impl Tx {
             now,
             event: 0,
             unsealed: false,
+            queue: QueueChanges::default(),
+        }
+    }
+
+    /// Another transaction took what this one would have to wait for outside the order of locks, or changed what this
+    /// one had found: it is repeated from its beginning. On SQLite that never happens.
+    pub(crate) fn again(&mut self, what: &str) -> Error {
+        if let Connection::Postgres(session) = &mut self.connection {
+            session.give_way();
+        }
+        Error::Unavailable {
+            what: "the database",
+            problem: format!("{what} changes too often, try again"),
         }
     }
 

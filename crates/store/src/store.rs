@@ -25,7 +25,7 @@ use crate::model::{
     PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState, TokenKey, UploadId,
 };
 use crate::sql::{Context, Db, Row};
-use crate::upload::claim::{Claims, RowClaim, Slot};
+use crate::upload::claim::{self, Claims, RowClaim, Slot};
 use crate::upload::writer::{MEMORY, MEMORY_FOR_PARTS, Session, UploadWriter};
 use crate::{
     audit, blob, collect, event, export, manifest, meta, pull, referrer, repository, tag, upload,
@@ -75,6 +75,16 @@ pub(crate) struct Inner {
 impl Inner {
     pub(crate) fn epoch(&self) -> &str {
         &self.epoch
+    }
+
+    /// Runs something until it or the store ends.
+    pub(crate) fn in_background(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut background = self
+            .background
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while background.try_join_next().is_some() {}
+        background.spawn_on(work, &self.runtime);
     }
 }
 
@@ -814,7 +824,8 @@ fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Finds an upload and, where other replicas may write it, claims it in its row.
+/// Finds an upload and, where other replicas may write it, claims it in its row. A writer on another replica is waited
+/// for, for a while: it is about to end, or its replica is dead.
 async fn claim_row(
     inner: &Arc<Inner>,
     slot: &Arc<Slot>,
@@ -825,22 +836,48 @@ async fn claim_row(
         let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
         return Ok((open, None));
     }
-    let (token, asked) = (random_name()?, tokio::time::Instant::now());
-    let claimed = inner
-        .db
-        .write(upload::ClaimRow {
-            repository: repository.clone(),
-            name: id.clone(),
-            token: token.clone(),
-            span: inner.options.claim_idle,
-        })
-        .await?;
-    let Some(open) = claimed else {
+    let token = random_name()?;
+    let met = tokio::time::Instant::now();
+    // The claim of another replica, and since when it has been the same.
+    let mut watched: Option<(Timestamp, tokio::time::Instant)> = None;
+    loop {
+        let asked = tokio::time::Instant::now();
+        let over = watched.filter(|(_, since)| *since + claim::SPAN <= asked);
+        let claimed = inner
+            .db
+            .write(upload::ClaimRow {
+                repository: repository.clone(),
+                name: id.clone(),
+                token: token.clone(),
+                span: claim::SPAN,
+                over: over.map(|(until, _)| until),
+            })
+            .await?;
+        if let Some(open) = claimed {
+            let claim = RowClaim::keep(inner, slot, open.id, token, asked);
+            return Ok((open, Some(claim)));
+        }
         let offset = upload::offset(&inner.db, repository, id, inner.clock.now()).await?;
-        return Err(Error::UploadBusy { offset });
-    };
-    let claim = RowClaim::new(inner, slot, open.id, token, asked);
-    Ok((open, Some(claim)))
+        // Nothing is written until the claim is free or has been the same for its whole time.
+        loop {
+            let Some(until) = upload::claimed(&inner.db, repository, id).await? else {
+                break;
+            };
+            let now = tokio::time::Instant::now();
+            let since = match watched {
+                Some((same, since)) if same == until => since,
+                _ => now,
+            };
+            watched = Some((until, since));
+            if since + claim::SPAN <= now {
+                break;
+            }
+            if met + inner.options.claim_wait <= now {
+                return Err(Error::UploadBusy { offset });
+            }
+            tokio::time::sleep(claim::LOOK).await;
+        }
+    }
 }
 
 async fn seal(inner: &Inner) -> Result<(), Error> {

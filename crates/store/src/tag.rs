@@ -28,7 +28,9 @@ statements! {
                        WHERE repository_id = $1 AND name = $2";
     ADD_HISTORY = "INSERT INTO tag_event (repository_id, name, generation, digest, actor, request, at) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7)";
-    OF_MANIFEST = "SELECT name FROM tag WHERE manifest_id = $1 ORDER BY name {for update}";
+    OF_MANIFEST = "SELECT name FROM tag WHERE manifest_id = $1 ORDER BY name";
+    SOME_OF = "SELECT name FROM tag WHERE manifest_id = $1 LIMIT 100";
+    TAKE_OF = "SELECT name, generation FROM tag WHERE manifest_id = $1 ORDER BY name {for update}";
     FIND = "SELECT m.digest, t.generation, t.updated_at FROM repository r \
             JOIN tag t ON t.repository_id = r.id JOIN manifest m ON m.id = t.manifest_id \
             WHERE r.name = $1 AND t.name = $2";
@@ -57,7 +59,40 @@ pub(crate) struct Change<'a> {
     pub(crate) lease: Duration,
 }
 
-/// Creates or moves a tag. Nothing happens, and no right is needed, when it is there already.
+/// The tags that a transaction is about to set, locked, each with where it points.
+pub(crate) struct Taken<'a>(Vec<(&'a TagWrite, Option<Current>)>);
+
+/// Locks tags that are to be set, in the order of their names. They come before every manifest in the order of locks
+/// ([`crate::sql`]), so this is called before one is locked. A tag that is not there cannot be locked.
+pub(crate) async fn take_all<'a>(
+    tx: &mut Tx,
+    repository: i64,
+    writes: &'a [TagWrite],
+) -> Result<Taken<'a>, Error> {
+    let mut sorted: Vec<_> = writes.iter().collect();
+    sorted.sort_by(|a, b| a.tag.cmp(&b.tag));
+    sorted.dedup_by(|next, first| next.tag == first.tag);
+    let mut taken = Vec::with_capacity(sorted.len());
+    for write in sorted {
+        taken.push((write, take(tx, repository, &write.tag).await?));
+    }
+    Ok(Taken(taken))
+}
+
+impl Taken<'_> {
+    /// The manifests that lose a tag when all these are set to `target`. The caller renews their leases (`I7`).
+    pub(crate) fn left(&self, target: &Digest) -> BTreeSet<Digest> {
+        let digests = self.0.iter().filter_map(|(_, current)| current.as_ref());
+        let digests = digests.map(|current| &current.digest);
+        digests
+            .filter(|digest| *digest != target)
+            .cloned()
+            .collect()
+    }
+}
+
+/// Creates or moves tags that [`take_all`] locked. Nothing happens to one, and no right is needed for it, when it is
+/// there already.
 ///
 /// An evidence tag needs no right beyond the push: it may be created, and moved to a manifest that names all
 /// that the old one names. Only a caller who may overwrite tags can make it smaller.
@@ -65,111 +100,165 @@ pub(crate) async fn set(
     tx: &mut Tx,
     change: &Change<'_>,
     target: &Target<'_>,
-    write: &TagWrite,
+    taken: Taken<'_>,
     events: &mut Vec<NewEvent>,
 ) -> Result<(), Error> {
-    failpoint("tag.before_set");
-    let tag = &write.tag;
-    let repository = change.place.repository;
-    let evidence = tag.subject().is_some();
-    // A tag that somebody else creates between our look and our insert is looked at once more.
-    for _ in 0..MAX_ROUNDS {
-        let current = take(tx, repository, tag).await?;
-        check(&write.expected, tag, current.as_ref())?;
-        let generation = match &current {
-            Some(current) if current.digest == *target.digest => return Ok(()),
-            Some(current) => {
-                let allowed = write.may_overwrite
-                    || (evidence && grows(tx, current.manifest, target.view).await?);
-                if !allowed {
-                    return Err(Error::TagImmutable { tag: tag.clone() });
-                }
-                current.generation + 1
-            }
-            None => {
-                if !write.may_create && !evidence {
-                    return Err(Error::TagCreateDenied { tag: tag.clone() });
-                }
-                last_generation(tx, repository, tag).await? + 1
-            }
-        };
-        let now = tx.now();
-        let values = [
-            repository.into(),
-            tag.as_str().into(),
-            target.manifest.into(),
-            generation.into(),
-            now.into(),
-            (&change.actor.principal).into(),
-        ];
-        if current.is_some() {
-            tx.execute(&MOVE, &values).await?;
-        } else if tx.query_opt(&ADD, &values).await?.is_none() {
-            continue;
+    let mut moved = Vec::new();
+    for (write, current) in taken.0 {
+        failpoint("tag.before_set");
+        if write_row(tx, change, target, write, current.as_ref()).await? {
+            moved.push(&write.tag);
+            events.push(NewEvent {
+                kind: EventKind::TagUpdated,
+                repository: change.repository.clone(),
+                tag: Some(write.tag.clone()),
+                digest: target.digest.clone(),
+                previous: current.map(|current| current.digest),
+                media_type: target.view.media_type.clone(),
+                artifact_type: target.view.listed_artifact_type().map(str::to_owned),
+                subject: target.view.subject.as_ref().map(|s| s.digest.clone()),
+            });
         }
-        failpoint("tag.after_row");
-        add_history(tx, change, tag, generation, Some(target.digest)).await?;
-        referrer::link_tag(tx, repository, tag, target.digest, target.size, target.view).await?;
-        if let Some(current) = &current {
-            // I7: the tag was an edge of the manifest that it leaves.
-            lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
-        }
-        failpoint("tag.after_history");
-        events.push(NewEvent {
-            kind: EventKind::TagUpdated,
-            repository: change.repository.clone(),
-            tag: Some(tag.clone()),
-            digest: target.digest.clone(),
-            previous: current.map(|current| current.digest),
-            media_type: target.view.media_type.clone(),
-            artifact_type: target.view.listed_artifact_type().map(str::to_owned),
-            subject: target.view.subject.as_ref().map(|s| s.digest.clone()),
-        });
-        return Ok(());
     }
-    Err(Error::Database(format!(
-        "tag `{}` changes too often, try again",
-        tag.as_str()
-    )))
-}
-
-/// Removes every tag of a manifest that is being deleted.
-pub(crate) async fn remove_all_of(
-    tx: &mut Tx,
-    change: &Change<'_>,
-    manifest: i64,
-    media_type: &str,
-    events: &mut Vec<NewEvent>,
-) -> Result<(), Error> {
-    for tag in names_of(tx, manifest).await? {
-        if let Some(current) = take(tx, change.place.repository, &tag).await? {
-            remove(tx, change, &tag, &current, media_type, events).await?;
-        }
+    // The rows of referrers come after those of all tags.
+    let repository = change.place.repository;
+    for tag in moved {
+        referrer::link_tag(tx, repository, tag, target.digest, target.size, target.view).await?;
     }
     Ok(())
 }
 
-/// Removes a tag that is still the one that was judged; `false` when it moved or is gone.
-pub(crate) async fn remove_unmoved(
+/// Writes the row and the history of one tag; `false` when it is there already.
+async fn write_row(
     tx: &mut Tx,
     change: &Change<'_>,
-    tag: &Tag,
-    generation: i64,
-    digest: &Digest,
-    events: &mut Vec<NewEvent>,
+    target: &Target<'_>,
+    write: &TagWrite,
+    current: Option<&Current>,
 ) -> Result<bool, Error> {
-    let Some(current) = take(tx, change.place.repository, tag).await? else {
-        return Ok(false);
+    let tag = &write.tag;
+    let repository = change.place.repository;
+    let evidence = tag.subject().is_some();
+    check(&write.expected, tag, current)?;
+    let generation = match current {
+        Some(current) if current.digest == *target.digest => return Ok(false),
+        Some(current) => {
+            let allowed = write.may_overwrite
+                || (evidence && grows(tx, current.manifest, target.view).await?);
+            if !allowed {
+                return Err(Error::TagImmutable { tag: tag.clone() });
+            }
+            current.generation + 1
+        }
+        None => {
+            if !write.may_create && !evidence {
+                return Err(Error::TagCreateDenied { tag: tag.clone() });
+            }
+            last_generation(tx, repository, tag).await? + 1
+        }
     };
-    if current.generation != generation || current.digest != *digest {
-        return Ok(false);
+    let now = tx.now();
+    let values = [
+        repository.into(),
+        tag.as_str().into(),
+        target.manifest.into(),
+        generation.into(),
+        now.into(),
+        (&change.actor.principal).into(),
+    ];
+    if current.is_some() {
+        tx.execute(&MOVE, &values).await?;
+    } else if tx.query_opt(&ADD, &values).await?.is_none() {
+        // Somebody else created it since it was looked for.
+        return Err(tx.again("the tag"));
     }
-    let media_type = manifest::media_type(tx, current.manifest).await?;
-    remove(tx, change, tag, &current, &media_type, events).await?;
+    failpoint("tag.after_row");
+    add_history(tx, change, tag, generation, Some(target.digest)).await?;
+    failpoint("tag.after_history");
     Ok(true)
 }
 
-/// The tags that point to a manifest, locked.
+/// The tags of a manifest that is to be deleted, locked before the manifest is.
+#[derive(Default)]
+pub(crate) struct TagsOf(Vec<(Tag, i64)>);
+
+/// Locks every tag of a manifest, in the order of their names.
+pub(crate) async fn take_of(tx: &mut Tx, manifest: i64) -> Result<TagsOf, Error> {
+    let rows = tx.query(&TAKE_OF, &[manifest.into()]).await?;
+    let tags = rows.iter().map(|row| Ok((row.parse(0)?, row.i64(1)?)));
+    tags.collect::<Result<_, Error>>().map(TagsOf)
+}
+
+/// Removes the tags of a manifest that is being deleted. Its row is locked by now, so no other tag can come to it; one
+/// that came before makes the transaction begin again.
+pub(crate) async fn remove_all(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    tags: TagsOf,
+    manifest: (i64, &Digest, &str),
+    events: &mut Vec<NewEvent>,
+) -> Result<(), Error> {
+    let (manifest, digest, media_type) = manifest;
+    let locked: BTreeSet<_> = tags.0.iter().map(|(tag, _)| tag).collect();
+    for tag in names_of(tx, manifest).await? {
+        if !locked.contains(&tag) {
+            return Err(tx.again("a tag of the manifest"));
+        }
+    }
+    for (tag, generation) in &tags.0 {
+        let current = Current {
+            manifest,
+            generation: *generation,
+            digest: digest.clone(),
+        };
+        remove(tx, change, tag, &current, media_type, events).await?;
+    }
+    Ok(())
+}
+
+/// A tag that is to be removed, as it was judged.
+#[derive(Clone, Debug)]
+pub(crate) struct Judged {
+    pub(crate) tag: Tag,
+    pub(crate) generation: i64,
+    pub(crate) digest: Digest,
+}
+
+/// Removes tags that are still the ones that were judged; those that moved or are gone are told, and stay.
+pub(crate) async fn remove_unmoved<'a>(
+    tx: &mut Tx,
+    change: &Change<'_>,
+    judged: &[&'a Judged],
+    events: &mut Vec<NewEvent>,
+) -> Result<Vec<&'a Judged>, Error> {
+    let repository = change.place.repository;
+    let mut sorted = judged.to_vec();
+    sorted.sort_by(|a, b| a.tag.cmp(&b.tag));
+    let (mut doomed, mut moved) = (Vec::new(), Vec::new());
+    for judged in sorted {
+        let current = take(tx, repository, &judged.tag).await?;
+        match current {
+            Some(current)
+                if current.generation == judged.generation && current.digest == judged.digest =>
+            {
+                doomed.push((judged, current));
+            }
+            _ => moved.push(judged),
+        }
+    }
+    let manifests: BTreeSet<_> = doomed.iter().map(|(judged, _)| &judged.digest).collect();
+    for digest in manifests {
+        // I7: the tag was an edge of the manifest.
+        lease::after_edge_to_manifest(tx, repository, digest, change.lease).await?;
+    }
+    for (judged, current) in &doomed {
+        let media_type = manifest::media_type(tx, current.manifest).await?;
+        remove(tx, change, &judged.tag, current, &media_type, events).await?;
+    }
+    Ok(moved)
+}
+
+/// The tags that point to a manifest.
 async fn names_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
     tx.query(&OF_MANIFEST, &[manifest.into()])
         .await?
@@ -178,6 +267,16 @@ async fn names_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
         .collect()
 }
 
+/// Some of the tags that point to a manifest.
+pub(crate) async fn some_of(tx: &mut Tx, manifest: i64) -> Result<Vec<Tag>, Error> {
+    tx.query(&SOME_OF, &[manifest.into()])
+        .await?
+        .iter()
+        .map(|row| row.parse(0))
+        .collect()
+}
+
+/// Removes the row of a tag that is locked, and so is its manifest, whose lease the caller renewed.
 async fn remove(
     tx: &mut Tx,
     change: &Change<'_>,
@@ -195,8 +294,6 @@ async fn remove(
         let others = names_of(tx, current.manifest).await?;
         referrer::unlink_tag(tx, repository, tag, &current.digest, &others).await?;
     }
-    // I7: the tag was an edge of the manifest.
-    lease::after_edge_to_manifest(tx, repository, &current.digest, change.lease).await?;
     failpoint("delete.after_rows");
     events.push(NewEvent {
         kind: EventKind::TagDeleted,
@@ -239,6 +336,8 @@ impl Body for Delete {
             actor: &self.actor,
             lease: self.lease,
         };
+        // I7: the tag was an edge of the manifest.
+        lease::after_edge_to_manifest(tx, place.repository, &current.digest, self.lease).await?;
         let media_type = manifest::media_type(tx, current.manifest).await?;
         let mut events = Vec::new();
         remove(tx, &change, &self.tag, &current, &media_type, &mut events).await?;
@@ -410,5 +509,3 @@ pub(crate) async fn history(
 pub(crate) async fn count(db: &Db) -> Result<u64, Error> {
     crate::store::single(&db.scan(&COUNT, Vec::new()).await?)
 }
-
-const MAX_ROUNDS: usize = 8;

@@ -34,9 +34,11 @@ statements! {
             FROM upload u JOIN repository r ON r.id = u.repository_id WHERE u.name = $1 AND r.name = $2";
     CLAIM = "UPDATE upload SET claimed_by = $3, claimed_until = $4, version = version + 1 \
              WHERE name = $1 AND repository_id = (SELECT id FROM repository WHERE name = $2) \
-                 AND expires_at > $5 AND (claimed_until IS NULL OR claimed_until <= $5) \
+                 AND expires_at > $5 AND (claimed_until IS NULL OR claimed_until <= $6 OR claimed_until = $7) \
              RETURNING id, algorithm, storage_key, body, size, hash_state, state_version, version, \
                  created_by, expires_at, multipart, parts, tail_key";
+    CLAIMED = "SELECT u.claimed_until FROM upload u JOIN repository r ON r.id = u.repository_id \
+               WHERE u.name = $1 AND r.name = $2 AND u.claimed_until IS NOT NULL";
     RENEW = "UPDATE upload SET claimed_until = $3 WHERE id = $1 AND claimed_by = $2";
     RELEASE = "UPDATE upload SET claimed_by = NULL, claimed_until = NULL WHERE id = $1 AND claimed_by = $2";
     OBJECTS = "SELECT storage_key, multipart, tail_key, next_tail_key FROM upload \
@@ -117,7 +119,7 @@ impl Body for Start {
             ],
         )
         .await?;
-        collect::enqueue(tx, Kind::Upload, place.repository, id, expires).await?;
+        collect::enqueue(tx, Kind::Upload, place.repository, id, expires);
         failpoint("upload.after_row");
         Ok(id)
     }
@@ -181,6 +183,18 @@ fn open(row: &Row) -> Result<Open, Error> {
     })
 }
 
+/// Until when a writer says that it has an upload, where one does.
+pub(crate) async fn claimed(
+    db: &Db,
+    repository: &RepositoryName,
+    id: &UploadId,
+) -> Result<Option<Timestamp>, Error> {
+    let rows = db
+        .read(&CLAIMED, &[(&id.0).into(), repository.as_str().into()])
+        .await?;
+    rows.first().map(|row| row.time(0)).transpose()
+}
+
 /// Claims an upload among replicas and tells what is recorded of it. `None`: another writer has it, or it is gone.
 /// The row's version rises, so whoever had it before can record nothing any more.
 pub(crate) struct ClaimRow {
@@ -188,6 +202,8 @@ pub(crate) struct ClaimRow {
     pub(crate) name: UploadId,
     pub(crate) token: String,
     pub(crate) span: Duration,
+    /// The claim of another writer that was not renewed while it was watched.
+    pub(crate) over: Option<Timestamp>,
 }
 
 impl Body for ClaimRow {
@@ -204,6 +220,8 @@ impl Body for ClaimRow {
                     (&self.token).into(),
                     now.plus(self.span).into(),
                     now.into(),
+                    now.minus(claim::LONG_OVER).into(),
+                    self.over.map(|over| over.0).into(),
                 ],
             )
             .await?;
@@ -211,25 +229,28 @@ impl Body for ClaimRow {
     }
 }
 
-/// Makes a claim last longer; `false` when it was lost.
-pub(crate) struct RenewClaim {
-    pub(crate) id: i64,
-    pub(crate) token: String,
+/// Makes claims last longer, in the order of the rows; `false` for each that was lost.
+pub(crate) struct RenewClaims {
+    /// Row and token, by row.
+    pub(crate) claims: Vec<(i64, String)>,
     pub(crate) span: Duration,
 }
 
-impl Body for RenewClaim {
-    type Output = bool;
+impl Body for RenewClaims {
+    type Output = Vec<bool>;
 
-    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Vec<bool>, Error> {
         let until = tx.now().plus(self.span);
-        let renewed = tx
-            .execute(
-                &RENEW,
-                &[self.id.into(), (&self.token).into(), until.into()],
-            )
-            .await?;
-        Ok(renewed > 0)
+        let mut renewed = Vec::with_capacity(self.claims.len());
+        for (id, token) in &self.claims {
+            let changed = tx
+                .execute(&RENEW, &[(*id).into(), token.into(), until.into()])
+                .await?;
+            renewed.push(changed > 0);
+        }
+        Ok(renewed)
     }
 }
 
@@ -434,7 +455,7 @@ impl Body for Commit {
                 .query_opt(&REMOVE_VERSION, &[id.into(), version.into()])
                 .await?
                 .ok_or(Error::UploadUnknown)?;
-            collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
+            collect::forget(tx, Kind::Upload, gone.i64(5)?, id);
             let kept = match &self.content {
                 Content::Inline(_) => None,
                 Content::Object(key) => Some(key),
@@ -496,13 +517,15 @@ impl Body for Collect {
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {
-            return collect::forget(tx, Kind::Upload, self.repository, self.id).await;
+            collect::forget(tx, Kind::Upload, self.repository, self.id);
+            return Ok(());
         };
         // A writer on another replica keeps it, however old it is.
         let due = row.i64(0)?.max(row.opt_i64(1)?.unwrap_or(i64::MIN));
         if due > tx.now().0 {
             let due = Timestamp(due);
-            return collect::enqueue(tx, Kind::Upload, self.repository, self.id, due).await;
+            collect::enqueue(tx, Kind::Upload, self.repository, self.id, due);
+            return Ok(());
         }
         remove(tx, self.id).await.map(drop)
     }
@@ -513,7 +536,7 @@ async fn remove(tx: &mut Tx, id: i64) -> Result<bool, Error> {
         return Ok(false);
     };
     discard_objects(tx, &gone, None).await?;
-    collect::forget(tx, Kind::Upload, gone.i64(5)?, id).await?;
+    collect::forget(tx, Kind::Upload, gone.i64(5)?, id);
     Ok(true)
 }
 

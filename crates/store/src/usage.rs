@@ -533,7 +533,7 @@ impl Body for Falsify {
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
-        let Some(place) = repository::find(tx, &self.0).await? else {
+        let Some(place) = repository::look_up(tx, &self.0).await? else {
             return Ok(());
         };
         let now = tx.now();

@@ -231,21 +231,46 @@ impl Body for VerifyChain {
     }
 }
 
-/// Checks the chain of the audit rows; returns how many are sealed.
+/// Checks the chain of the audit rows of a data directory; returns how many are sealed.
 ///
 /// # Errors
-/// [`Error::Damaged`] names the first record that is missing or was changed.
+/// [`Error::Damaged`] names the first record that is missing or was changed; as [`verify_store`].
 pub async fn verify_audit(dir: &Path) -> Result<u64, Error> {
-    let dir = dir.to_owned();
-    blocking(move || {
-        let lock = Directory::look(&dir)?;
-        check_present(&dir)?;
-        let database = directory::database(&dir);
-        let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
-        sql::poll_once(audit::verify(&mut tx))?
-            .map_err(|problem| Error::damaged(&database, problem))
-    })
-    .await
+    verify_audit_at(&Location::embedded(dir)).await
+}
+
+/// Checks the chain of the audit rows of the store at `location`, in one moment of its database; returns how many are
+/// sealed. The objects are not looked at.
+///
+/// # Errors
+/// As [`verify_audit`]; [`Error::Unavailable`] when PostgreSQL cannot be reached.
+pub async fn verify_audit_at(location: &Location) -> Result<u64, Error> {
+    match &location.database {
+        DatabaseLocation::Sqlite(dir) => {
+            let dir = dir.clone();
+            blocking(move || {
+                check_directory(&dir)?;
+                let lock = Directory::look(&dir)?;
+                check_present(&dir)?;
+                let database = directory::database(&dir);
+                let mut tx = sql::sqlite_snapshot(&database, lock.is_some(), Context::new())?;
+                sql::poll_once(audit::verify(&mut tx))?
+                    .map_err(|problem| Error::damaged(&database, problem))
+            })
+            .await
+        }
+        DatabaseLocation::Postgres(url) => {
+            let db = Db::look_postgres(url, Context::new()).await?;
+            let place = Path::new("the PostgreSQL database");
+            let Some(mut tx) = db.snapshot().await? else {
+                return Err(Error::Stopped);
+            };
+            let checked = audit::verify(&mut tx).await?;
+            drop(tx);
+            db.close().await?;
+            checked.map_err(|problem| Error::damaged(place, problem))
+        }
+    }
 }
 
 fn check_present(dir: &Path) -> Result<(), Error> {

@@ -33,24 +33,33 @@ fn server(config: &str) -> Server {
     Server::with(&Options::new(tools::program()).config(format!("version: 1\n{config}")))
 }
 
-/// Wants `verify-store` to find nothing.
+/// Wants `verify-store` and `audit verify` to find nothing.
 fn verify(data: &Path) {
     let scratch = Scratch::new();
-    let mut run = Run::new(tools::program()).args(["--json", "verify-store"]);
-    run = match Storage::of_this_run(data) {
-        None => run.arg(data),
-        Some(storage) => {
-            let config = format!("version: 1\n{}", storage.config());
-            for (key, value) in storage.environment() {
-                run = run.env(key, value);
-            }
-            run.arg("--config")
-                .arg(scratch.write("verify.yaml", config))
+    let look = |command: &[&str]| {
+        let mut run = Run::new(tools::program()).arg("--json");
+        for word in command {
+            run = run.arg(word);
         }
+        run = match Storage::of_this_run(data) {
+            None => run.arg(data),
+            Some(storage) => {
+                let config = format!("version: 1\n{}", storage.config());
+                for (key, value) in storage.environment() {
+                    run = run.env(key, value);
+                }
+                run.arg("--config")
+                    .arg(scratch.write("verify.yaml", config))
+            }
+        };
+        let report = run.run();
+        assert_eq!(report.code, Some(0), "{report}");
+        report
     };
-    let report = run.run();
-    assert_eq!(report.code, Some(0), "{report}");
+    let report = look(&["verify-store"]);
     assert_eq!(report.json()["problems"], serde_json::json!([]), "{report}");
+    let report = look(&["audit", "verify"]);
+    assert!(report.json()["sealed"].is_u64(), "{report}");
 }
 
 /// A field of `/proc/PID/status` in KiB.

@@ -156,11 +156,19 @@ fn verify_store_looks_at_a_configuration_and_tells_what_is_not_there() {
         assert_eq!(report.json()["problems"], json!([]), "{report}");
         assert!(report.json()["blobs"].as_u64() > Some(0), "{report}");
     }
-    let missing = Run::new(tools::program())
-        .args(["verify-store", "/no/such/directory"])
-        .run();
-    assert_eq!(missing.code, Some(4), "{missing}");
-    assert!(missing.both().contains("no such directory"), "{missing}");
+    let chain = Run::new(tools::program())
+        .args(["--json", "audit", "verify", "--config"])
+        .arg(&config)
+        .ok();
+    assert!(chain.json()["sealed"].is_u64(), "{chain}");
+    for command in [&["verify-store"][..], &["audit", "verify"]] {
+        let missing = Run::new(tools::program())
+            .args(command.iter().copied())
+            .arg("/no/such/directory")
+            .run();
+        assert_eq!(missing.code, Some(4), "{missing}");
+        assert!(missing.both().contains("no such directory"), "{missing}");
+    }
     server.stop();
     // A stray and a missing object, on a store that nobody uses.
     let objects = server.data().join("o");

@@ -44,18 +44,47 @@ impl Serve {
     }
 }
 
-/// Check every row of a store against every object and every digest.
-///
-/// Changes nothing. Works on a stopped data directory and beside running servers. With a configuration it checks the
-/// store that this names, also in PostgreSQL and S3.
+/// The store that is checked.
 #[derive(Debug, Args)]
-pub(crate) struct VerifyStore {
+struct Which {
     /// The data directory.
     #[arg(required_unless_present = "config")]
     directory: Option<PathBuf>,
     /// The configuration of a server: its store is checked, wherever its rows and objects are.
     #[arg(long, short, value_name = "FILE", conflicts_with = "directory")]
     config: Option<PathBuf>,
+}
+
+impl Which {
+    fn location(&self) -> anyhow::Result<store::Location> {
+        Ok(match (&self.directory, &self.config) {
+            (_, Some(file)) => {
+                Config::load(Some(file.as_path()), None, &[], std::env::vars())?.location
+            }
+            (Some(directory), None) => store::Location::embedded(directory),
+            (None, None) => unreachable!("clap wants one of the two"),
+        })
+    }
+}
+
+/// A directory that is not there is not found; everything else failed.
+fn found<T>(checked: Result<T, store::Error>) -> anyhow::Result<T> {
+    match checked {
+        Err(error @ store::Error::NoDirectory(_)) => {
+            Err(Refused::new(Exit::NOT_FOUND, error).into())
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Check every row of a store against every object and every digest.
+///
+/// Changes nothing. Works on a stopped data directory and beside running servers. With a configuration it checks the
+/// store that this names, also in PostgreSQL and S3.
+#[derive(Debug, Args)]
+pub(crate) struct VerifyStore {
+    #[command(flatten)]
+    which: Which,
     /// Look only whether each object is there and has its length, without reading it.
     #[arg(long)]
     no_hash: bool,
@@ -66,13 +95,7 @@ pub(crate) struct VerifyStore {
 
 impl VerifyStore {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
-        let location = match (&self.directory, &self.config) {
-            (_, Some(file)) => {
-                Config::load(Some(file.as_path()), None, &[], std::env::vars())?.location
-            }
-            (Some(directory), None) => store::Location::embedded(directory),
-            (None, None) => unreachable!("clap wants one of the two"),
-        };
+        let location = self.which.location()?;
         let mut options = store::VerifyOptions {
             hash: !self.no_hash,
             ..store::VerifyOptions::default()
@@ -86,12 +109,7 @@ impl VerifyStore {
         })
         .await;
         meter.clear();
-        let report = match report {
-            Err(error @ store::Error::NoDirectory(_)) => {
-                return Err(Refused::new(Exit::NOT_FOUND, error).into());
-            }
-            other => other?,
-        };
+        let report = found(report)?;
         let problems = report.problems.len() as u64 + report.more_problems;
         if global.json {
             output::json(&serde_json::json!({
@@ -127,16 +145,16 @@ impl VerifyStore {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Audit {
     /// Check the hash chain of the audit record.
-    Verify {
-        /// The data directory.
-        directory: PathBuf,
-    },
+    ///
+    /// Changes nothing. Works on a stopped data directory and beside running servers. With a configuration it checks
+    /// the record of the store that this names, also in PostgreSQL.
+    Verify(Which),
 }
 
 impl Audit {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
-        let Self::Verify { directory } = self;
-        let sealed = store::verify_audit(&directory).await?;
+        let Self::Verify(which) = self;
+        let sealed = found(store::verify_audit_at(&which.location()?).await)?;
         if global.json {
             output::json(&serde_json::json!({"sealed": sealed}))?;
         } else {

@@ -14,7 +14,7 @@ use crate::blocking::blocking;
 use crate::clock::{Clock, Timestamp};
 use crate::directory::{self, Directory};
 use crate::error::Error;
-use crate::sql::sqlite_error;
+use crate::sql::{refuse_newer_sqlite, sqlite_error};
 
 /// What a backup holds.
 #[derive(Clone, Debug)]
@@ -179,6 +179,7 @@ fn open(database: &PathBuf, alone: bool) -> Result<Connection, Error> {
         .busy_timeout(std::time::Duration::from_secs(5))
         .and_then(|()| connection.execute_batch("PRAGMA query_only=ON"))
         .map_err(sqlite_error)?;
+    refuse_newer_sqlite(&connection, database)?;
     Ok(connection)
 }
 

@@ -19,7 +19,7 @@ use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::Options;
-use crate::sql::{Context, Db, decode_digest, sqlite_error};
+use crate::sql::{Context, Db, decode_digest, refuse_newer_sqlite, sqlite_error};
 
 /// What was restored.
 #[derive(Clone, Debug)]
@@ -547,11 +547,13 @@ fn verify_objects(
 }
 
 fn open(database: &Path) -> Result<Connection, Error> {
-    Connection::open_with_flags(
+    let connection = Connection::open_with_flags(
         database,
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
     )
-    .map_err(sqlite_error)
+    .map_err(sqlite_error)?;
+    refuse_newer_sqlite(&connection, database)?;
+    Ok(connection)
 }
 
 /// Refuses a directory that holds anything.

@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::Actor;
 use crate::sql::{Body, Tx, WriteKind};
-use crate::tag::Change;
+use crate::tag::{self, Change, TagsOf};
 use crate::{audit, blob, lease, manifest, pin, repository};
 
 /// What the collector needs to know to judge.
@@ -88,24 +88,31 @@ async fn look_at_manifest(
     candidate: &Candidate,
 ) -> Result<Outcome, Error> {
     failpoint("collect.before_lock");
+    // Tags come first in the order of locks. One that is a root keeps it, so all the rest matters only without one.
+    let some = tag::some_of(tx, candidate.target).await?;
+    let tags = if some.iter().any(liveness::is_root) {
+        TagsOf::default()
+    } else {
+        tag::take_of(tx, candidate.target).await?
+    };
     let doomed = manifest::take(tx, candidate.target).await?;
     failpoint("collect.after_lock");
     let (Some(doomed), Some(known)) = (doomed, repository::by_id(tx, candidate.repository).await?)
     else {
-        return gone_already(tx, candidate).await;
+        return Ok(gone_already(tx, candidate));
     };
     if known.deleted {
         // Its repository takes it along.
-        return left(tx, candidate).await;
+        return Ok(left(tx, candidate));
     }
     let place = known.place;
     let id = candidate.target;
     match liveness::fate(tx, &rules.gc, place.repository, id).await? {
         Fate::Kept => {
             manifest::fill_child_edges(tx, place.repository, &doomed.digest, id).await?;
-            return left(tx, candidate).await;
+            return Ok(left(tx, candidate));
         }
-        Fate::Until(until) => return later(tx, candidate, until).await,
+        Fate::Until(until) => return Ok(later(tx, candidate, until)),
         Fate::Above => return above_first(tx, candidate, &doomed.digest).await,
         Fate::Gone => {}
     }
@@ -119,7 +126,7 @@ async fn look_at_manifest(
     failpoint("collect.before_rows");
     // Pins that have ended still name the row.
     pin::refuse(tx, id, &doomed.digest).await?;
-    manifest::remove(tx, &change, &doomed).await?;
+    manifest::remove(tx, &change, &doomed, tags).await?;
     failpoint("collect.after_rows");
     let name = known.name.as_str();
     audit::allowed(tx, &actor, "collect", format!("{name}@{}", doomed.digest)).await?;
@@ -147,12 +154,12 @@ async fn above_first(
     let repository = candidate.repository;
     let parents = liveness::parents(tx, repository, digest, i64::MIN, MAX_PARENTS).await?;
     for parent in &parents {
-        queue::enqueue(tx, Kind::Manifest, repository, *parent, now).await?;
+        queue::enqueue(tx, Kind::Manifest, repository, *parent, now);
     }
     if parents.len() == MAX_PARENTS {
-        later(tx, candidate, now.plus(MORE_PARENTS)).await
+        Ok(later(tx, candidate, now.plus(MORE_PARENTS)))
     } else {
-        left(tx, candidate).await
+        Ok(left(tx, candidate))
     }
 }
 
@@ -164,26 +171,26 @@ async fn look_at_pair(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Err
     let (Some((held, digest, leased)), Some(known)) =
         (pair, repository::by_id(tx, repository).await?)
     else {
-        return gone_already(tx, candidate).await;
+        return Ok(gone_already(tx, candidate));
     };
     if known.deleted {
-        return left(tx, candidate).await;
+        return Ok(left(tx, candidate));
     }
     let now = tx.now();
     if leased > now {
-        return later(tx, candidate, leased).await;
+        return Ok(later(tx, candidate, leased));
     }
     // By digest: an edge that came before the blob has no row id.
     if manifest::names_blob(tx, repository, &digest).await? {
         manifest::fill_blob_edges(tx, repository, &digest, blob).await?;
-        return left(tx, candidate).await;
+        return Ok(left(tx, candidate));
     }
     failpoint("collect.before_rows");
     lease::release(tx, known.place, held).await?;
     failpoint("collect.after_rows");
-    queue::enqueue(tx, Kind::Blob, 0, blob, now).await?;
+    queue::enqueue(tx, Kind::Blob, 0, blob, now);
     failpoint("collect.after_edges");
-    queue::forget(tx, Kind::RepositoryBlob, repository, blob).await?;
+    queue::forget(tx, Kind::RepositoryBlob, repository, blob);
     Ok(Outcome::Collected(Collected {
         repository: Some(known.name.as_str().to_owned()),
         digest: Some(digest),
@@ -197,10 +204,10 @@ async fn look_at_blob(tx: &mut Tx, rules: &Rules, candidate: &Candidate) -> Resu
     let taken = blob::take(tx, candidate.target).await?;
     failpoint("collect.after_lock");
     let Some(taken) = taken else {
-        return gone_already(tx, candidate).await;
+        return Ok(gone_already(tx, candidate));
     };
     if lease::is_held(tx, candidate.target).await? {
-        return left(tx, candidate).await;
+        return Ok(left(tx, candidate));
     }
     failpoint("collect.before_rows");
     blob::remove(tx, candidate.target).await?;
@@ -209,7 +216,7 @@ async fn look_at_blob(tx: &mut Tx, rules: &Rules, candidate: &Candidate) -> Resu
         outbox::discard_blob(tx, key, taken.size, due).await?;
     }
     failpoint("collect.after_rows");
-    queue::forget(tx, Kind::Blob, 0, candidate.target).await?;
+    queue::forget(tx, Kind::Blob, 0, candidate.target);
     Ok(Outcome::Collected(Collected {
         repository: None,
         digest: Some(taken.digest),
@@ -219,20 +226,20 @@ async fn look_at_blob(tx: &mut Tx, rules: &Rules, candidate: &Candidate) -> Resu
 }
 
 /// The row is gone, so nobody needs the candidate.
-pub(super) async fn gone_already(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error> {
-    queue::let_go(tx, candidate).await?;
-    Ok(Outcome::Left)
+pub(super) fn gone_already(tx: &mut Tx, candidate: &Candidate) -> Outcome {
+    queue::let_go(tx, candidate);
+    Outcome::Left
 }
 
-async fn left(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error> {
+fn left(tx: &mut Tx, candidate: &Candidate) -> Outcome {
     failpoint("collect.before_forget");
-    queue::let_go(tx, candidate).await?;
-    Ok(Outcome::Left)
+    queue::let_go(tx, candidate);
+    Outcome::Left
 }
 
-async fn later(tx: &mut Tx, candidate: &Candidate, until: Timestamp) -> Result<Outcome, Error> {
-    queue::later(tx, candidate, until).await?;
-    Ok(Outcome::Later)
+fn later(tx: &mut Tx, candidate: &Candidate, until: Timestamp) -> Outcome {
+    queue::later(tx, candidate, until);
+    Outcome::Later
 }
 
 /// Who the collector is in history, events and the audit record.

@@ -170,7 +170,10 @@ async fn try_one(
         bytes,
         reason,
     };
-    match look(tx, rules, candidate).await? {
+    let outcome = look(tx, rules, candidate).await?;
+    // What the next page shows depends on it, as in a run.
+    queue::change(tx).await?;
+    match outcome {
         Outcome::Collected(mut collected) => {
             if candidate.kind == Kind::RepositoryBlob {
                 // The run comes to the blob right after.

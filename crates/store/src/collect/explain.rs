@@ -142,7 +142,7 @@ impl Body for Explain {
     const KIND: WriteKind = WriteKind::Maintenance;
 
     async fn run(&self, tx: &mut Tx) -> Result<Option<Kept>, Error> {
-        let Some(place) = repository::find(tx, &self.repository).await? else {
+        let Some(place) = repository::look_up(tx, &self.repository).await? else {
             return Ok(None);
         };
         let Some(manifest) = manifest::id(tx, place.repository, &self.digest).await? else {

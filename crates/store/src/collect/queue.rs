@@ -103,67 +103,92 @@ impl Candidate {
         })
     }
 
-    fn key(&self) -> [Value; 5] {
-        [
-            self.kind.name().into(),
-            self.repository.into(),
-            self.target.into(),
-            self.due.into(),
-            self.attempts.into(),
-        ]
+    fn key(&self) -> Key {
+        (self.kind.name(), self.repository, self.target)
     }
 }
 
+/// What a transaction changes in the queue. The rows are the last ones that it locks, in the order of their keys
+/// (see [`crate::sql`]), so the changes are collected and made at its end.
+#[derive(Debug, Default)]
+pub(crate) struct Changes(Vec<(Key, Change)>);
+
+/// Kind, repository and target.
+type Key = (&'static str, i64, i64);
+
+#[derive(Debug)]
+enum Change {
+    Enqueue {
+        due: Timestamp,
+    },
+    Forget,
+    LetGo {
+        claimed: Timestamp,
+        attempts: i64,
+    },
+    Later {
+        claimed: Timestamp,
+        attempts: i64,
+        due: Timestamp,
+    },
+}
+
 /// Puts a candidate into the queue, or makes it due later.
-pub(crate) async fn enqueue(
-    tx: &mut Tx,
-    kind: Kind,
-    repository: i64,
-    target: i64,
-    due: Timestamp,
-) -> Result<(), Error> {
-    tx.execute(
-        &ENQUEUE,
-        &[
-            kind.name().into(),
-            repository.into(),
-            target.into(),
-            due.into(),
-        ],
-    )
-    .await
-    .map(drop)
+pub(crate) fn enqueue(tx: &mut Tx, kind: Kind, repository: i64, target: i64, due: Timestamp) {
+    let key = (kind.name(), repository, target);
+    tx.queue.0.push((key, Change::Enqueue { due }));
 }
 
 /// Takes a candidate out of the queue because its target is gone.
-pub(crate) async fn forget(
-    tx: &mut Tx,
-    kind: Kind,
-    repository: i64,
-    target: i64,
-) -> Result<(), Error> {
-    tx.execute(
-        &FORGET,
-        &[kind.name().into(), repository.into(), target.into()],
-    )
-    .await
-    .map(drop)
+pub(crate) fn forget(tx: &mut Tx, kind: Kind, repository: i64, target: i64) {
+    let key = (kind.name(), repository, target);
+    tx.queue.0.push((key, Change::Forget));
 }
 
 /// Takes a claimed candidate out of the queue, unless somebody put it in again since.
-pub(super) async fn let_go(tx: &mut Tx, candidate: &Candidate) -> Result<(), Error> {
-    tx.execute(&LET_GO, &candidate.key()).await.map(drop)
+pub(super) fn let_go(tx: &mut Tx, candidate: &Candidate) {
+    let change = Change::LetGo {
+        claimed: candidate.due,
+        attempts: candidate.attempts,
+    };
+    tx.queue.0.push((candidate.key(), change));
 }
 
 /// Gives a claimed candidate another due time, unless somebody put it in again since.
-pub(super) async fn later(tx: &mut Tx, candidate: &Candidate, due: Timestamp) -> Result<(), Error> {
-    let [kind, repository, target, claimed, attempts] = candidate.key();
-    tx.execute(
-        &LATER,
-        &[kind, repository, target, claimed, attempts, due.into()],
-    )
-    .await
-    .map(drop)
+pub(super) fn later(tx: &mut Tx, candidate: &Candidate, due: Timestamp) {
+    let change = Change::Later {
+        claimed: candidate.due,
+        attempts: candidate.attempts,
+        due,
+    };
+    tx.queue.0.push((candidate.key(), change));
+}
+
+/// Makes the changes that were collected, those of one candidate in their own order.
+pub(crate) async fn change(tx: &mut Tx) -> Result<(), Error> {
+    let Changes(mut changes) = std::mem::take(&mut tx.queue);
+    changes.sort_by_key(|(key, _)| *key);
+    for ((kind, repository, target), change) in changes {
+        let key = [kind.into(), repository.into(), target.into()];
+        let with = |more: &[Value]| [&key[..], more].concat();
+        match change {
+            Change::Enqueue { due } => tx.execute(&ENQUEUE, &with(&[due.into()])).await?,
+            Change::Forget => tx.execute(&FORGET, &key).await?,
+            Change::LetGo { claimed, attempts } => {
+                let values = with(&[claimed.into(), attempts.into()]);
+                tx.execute(&LET_GO, &values).await?
+            }
+            Change::Later {
+                claimed,
+                attempts,
+                due,
+            } => {
+                let values = with(&[claimed.into(), attempts.into(), due.into()]);
+                tx.execute(&LATER, &values).await?
+            }
+        };
+    }
+    Ok(())
 }
 
 /// Claims candidates that are due: for a while no other worker takes them. When this one dies, they are due again

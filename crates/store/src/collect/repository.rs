@@ -48,16 +48,16 @@ pub(super) async fn step(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, 
 
 async fn take_part(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error> {
     let Some(known) = repository::by_id(tx, candidate.target).await? else {
-        return gone_already(tx, candidate).await;
+        return Ok(gone_already(tx, candidate));
     };
     if !known.deleted {
-        return gone_already(tx, candidate).await;
+        return Ok(gone_already(tx, candidate));
     }
     let id = candidate.target;
     let rows: [&'static Statement; 5] = [&TAGS, &PINS, &CHILDREN, &BLOBS, &REFERRERS];
     for statement in rows {
         if some(tx, statement, id).await? {
-            return again(tx, candidate).await;
+            return Ok(again(tx, candidate));
         }
     }
     let manifests = tx
@@ -67,26 +67,26 @@ async fn take_part(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error>
         let mut bytes = 0;
         for row in &manifests {
             bytes += row.i64(1)?;
-            queue::forget(tx, Kind::Manifest, id, row.i64(0)?).await?;
+            queue::forget(tx, Kind::Manifest, id, row.i64(0)?);
         }
         usage::add(tx, known.place, -bytes, -(manifests.len() as i64)).await?;
-        return again(tx, candidate).await;
+        return Ok(again(tx, candidate));
     }
     if release(tx, &known).await? {
-        return again(tx, candidate).await;
+        return Ok(again(tx, candidate));
     }
     if end_uploads(tx, id).await? {
         let soon = tx.now().plus(UPLOADS_END);
-        queue::later(tx, candidate, soon).await?;
+        queue::later(tx, candidate, soon);
         return Ok(Outcome::Later);
     }
     for statement in [&HISTORY, &PULLS] {
         if some(tx, statement, id).await? {
-            return again(tx, candidate).await;
+            return Ok(again(tx, candidate));
         }
     }
     repository::remove(tx, id).await?;
-    queue::forget(tx, Kind::Repository, candidate.repository, id).await?;
+    queue::forget(tx, Kind::Repository, candidate.repository, id);
     Ok(Outcome::Collected(Collected {
         repository: Some(known.name.as_str().to_owned()),
         digest: None,
@@ -112,8 +112,8 @@ async fn release(tx: &mut Tx, known: &Known) -> Result<bool, Error> {
         let blob = row.i64(0)?;
         bytes += row.i64(1)?;
         tx.execute(&PAIR, &[id.into(), blob.into()]).await?;
-        queue::enqueue(tx, Kind::Blob, 0, blob, now).await?;
-        queue::forget(tx, Kind::RepositoryBlob, id, blob).await?;
+        queue::enqueue(tx, Kind::Blob, 0, blob, now);
+        queue::forget(tx, Kind::RepositoryBlob, id, blob);
     }
     if !pairs.is_empty() {
         usage::add(tx, known.place, -bytes, -(pairs.len() as i64)).await?;
@@ -131,16 +131,16 @@ async fn end_uploads(tx: &mut Tx, id: i64) -> Result<bool, Error> {
         let upload = row.i64(0)?;
         tx.execute(&END_UPLOAD, &[upload.into(), now.into()])
             .await?;
-        queue::forget(tx, Kind::Upload, id, upload).await?;
-        queue::enqueue(tx, Kind::Upload, id, upload, now).await?;
+        queue::forget(tx, Kind::Upload, id, upload);
+        queue::enqueue(tx, Kind::Upload, id, upload, now);
     }
     Ok(!uploads.is_empty())
 }
 
-async fn again(tx: &mut Tx, candidate: &Candidate) -> Result<Outcome, Error> {
+fn again(tx: &mut Tx, candidate: &Candidate) -> Outcome {
     let now = tx.now();
-    queue::later(tx, candidate, now).await?;
-    Ok(Outcome::Step)
+    queue::later(tx, candidate, now);
+    Outcome::Step
 }
 
 /// Rows that one step takes; a step holds the writer for some milliseconds.

@@ -184,7 +184,7 @@ impl Body for AddObjects {
                 .await?;
             if added.is_some() {
                 // What nothing comes to hold is collected after a lease.
-                collect::enqueue(tx, Kind::Blob, 0, id, until).await?;
+                collect::enqueue(tx, Kind::Blob, 0, id, until);
                 kept += 1;
             } else {
                 collect::discard(tx, object.key.as_str(), until).await?;
@@ -273,7 +273,7 @@ impl Body for AddSmall {
                 )
                 .await?;
             if fresh.is_some() {
-                collect::enqueue(tx, Kind::Blob, 0, id, until).await?;
+                collect::enqueue(tx, Kind::Blob, 0, id, until);
                 added += 1;
             }
         }

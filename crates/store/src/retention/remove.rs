@@ -1,27 +1,21 @@
 //! The removal: what a plan says, a few tags in one transaction, each only where it is still as it was judged.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use oci::{Digest, RepositoryName, Tag};
+use oci::{RepositoryName, Tag};
 
 use super::{PINNED, STAYED, system};
 use crate::error::Error;
 use crate::sql::{Body, Tx, WriteKind};
-use crate::tag::{self, Change};
+use crate::tag::{self, Change, Judged};
 use crate::{audit, event, repository};
-
-/// A tag as the plan saw it.
-pub(super) struct Planned {
-    pub(super) tag: Tag,
-    pub(super) digest: Digest,
-    pub(super) generation: i64,
-}
 
 /// Removes a few tags of one repository.
 pub(super) struct Remove {
     pub(super) run: i64,
     pub(super) repository: RepositoryName,
-    pub(super) tags: Vec<Planned>,
+    pub(super) tags: Vec<Judged>,
     pub(super) lease: Duration,
 }
 
@@ -42,40 +36,40 @@ impl Body for Remove {
         };
         let now = tx.now();
         let mut events = Vec::new();
+        let (mut pinned, mut doomed) = (Vec::new(), Vec::new());
         for planned in &self.tags {
-            let pinned = tx
-                .query_opt(
-                    &PINNED,
-                    &[
-                        place.repository.into(),
-                        (&planned.digest).into(),
-                        now.into(),
-                    ],
-                )
-                .await?
-                .is_some();
-            let stays = if pinned {
-                Some("it was pinned after the plan")
+            let key = [
+                place.repository.into(),
+                (&planned.digest).into(),
+                now.into(),
+            ];
+            if tx.query_opt(&PINNED, &key).await?.is_some() {
+                pinned.push(planned);
             } else {
-                let removed = tag::remove_unmoved(
-                    tx,
-                    &change,
-                    &planned.tag,
-                    planned.generation,
-                    &planned.digest,
-                    &mut events,
-                )
-                .await?;
-                (!removed).then_some("it moved after the plan")
-            };
-            if let Some(reason) = stays {
+                doomed.push(planned);
+            }
+        }
+        let moved = tag::remove_unmoved(tx, &change, &doomed, &mut events).await?;
+        let stayed = pinned
+            .iter()
+            .map(|planned| (*planned, "it was pinned after the plan"));
+        let stayed: BTreeMap<&Tag, &str> = stayed
+            .chain(
+                moved
+                    .iter()
+                    .map(|planned| (*planned, "it moved after the plan")),
+            )
+            .map(|(planned, reason)| (&planned.tag, reason))
+            .collect();
+        for planned in &self.tags {
+            if let Some(reason) = stayed.get(&planned.tag) {
                 tx.execute(
                     &STAYED,
                     &[
                         self.run.into(),
                         self.repository.as_str().into(),
                         planned.tag.as_str().into(),
-                        reason.into(),
+                        (*reason).into(),
                     ],
                 )
                 .await?;

@@ -116,6 +116,17 @@ impl Body for Undo {
             self.repository.as_str().into(),
             self.tag.as_str().into(),
         ];
+        let writes = [TagWrite {
+            tag: self.tag.clone(),
+            expected: Expected::Absent,
+            may_create: true,
+            may_overwrite: false,
+        }];
+        let place = repository::find(tx, &self.repository).await?;
+        let taken = match place {
+            Some(place) => Some((place, tag::take_all(tx, place.repository, &writes).await?)),
+            None => None,
+        };
         let Some(row) = tx.query_opt(&TAKE, &key).await? else {
             return Ok(Err(
                 "this run did not remove it, or it was put back already".to_owned(),
@@ -123,7 +134,7 @@ impl Body for Undo {
         };
         let digest = row.digest(0)?;
         let gone = || format!("its manifest `{digest}` is gone");
-        let Some(place) = repository::find(tx, &self.repository).await? else {
+        let Some((place, taken)) = taken else {
             return Ok(Err(gone()));
         };
         let Some(id) = manifest::share(tx, place.repository, &digest).await? else {
@@ -146,14 +157,8 @@ impl Body for Undo {
             size: body.len() as u64,
             view: &view,
         };
-        let write = TagWrite {
-            tag: self.tag.clone(),
-            expected: Expected::Absent,
-            may_create: true,
-            may_overwrite: false,
-        };
         let mut events = Vec::new();
-        tag::set(tx, &change, &target, &write, &mut events).await?;
+        tag::set(tx, &change, &target, taken, &mut events).await?;
         let now = tx.now();
         let [run, repository, tag] = key;
         tx.execute(&UNDONE, &[run, repository, tag, now.into()])

@@ -84,13 +84,32 @@ impl Standing {
     fn check(self, place: &Path, steps: &[Migration]) -> Result<(), Error> {
         let known = steps.last().map_or(0, |step| step.version);
         if self.contract > known {
+            let parent = place.parent();
+            let parent = parent.filter(|parent| !parent.as_os_str().is_empty());
             return Err(Error::Newer {
-                dir: place.parent().unwrap_or(place).to_owned(),
+                dir: parent.unwrap_or(place).to_owned(),
                 found: self.contract,
                 known,
             });
         }
         Ok(())
+    }
+
+    /// Wants it to be what this program knows, for one that only looks.
+    fn check_as_it_is(self, place: &Path, steps: &[Migration]) -> Result<(), Error> {
+        self.check(place, steps)?;
+        if self.ahead(steps).0.is_empty() {
+            return Ok(());
+        }
+        let known = steps.last().map_or(0, |step| step.version);
+        Err(Error::unusable(
+            place,
+            format!(
+                "it has schema {}, and this program reads schema {known}: start `longshore serve` of this version on it \
+                 once, which brings it up to date, or use the program that wrote it",
+                self.expanded
+            ),
+        ))
     }
 }
 
@@ -102,25 +121,10 @@ pub(super) fn migrate_sqlite(
     migrations: &[Migration],
 ) -> Result<(), Error> {
     let map = super::sqlite::map;
-    let present: bool = connection
-        .query_row(
-            "SELECT COUNT(*) > 0 FROM sqlite_schema WHERE type = 'table' AND name = 'meta'",
-            [],
-            |row| row.get(0),
-        )
-        .map_err(map)?;
-    let found = if present {
-        let (schema, expanded): (Option<String>, Option<String>) = connection
-            .query_row(STANDING, [], |row| Ok((row.get(0)?, row.get(1)?)))
-            .map_err(map)?;
-        Standing::of(path, schema.as_deref(), expanded.as_deref())?
-    } else if make {
-        Standing::EMPTY
-    } else {
-        return Err(Error::damaged(
-            path,
-            "it holds no tables, restore the directory from a backup",
-        ));
+    let found = match standing_of_file(connection, path)? {
+        Some(found) => found,
+        None if make => Standing::EMPTY,
+        None => return Err(without_tables(path)),
     };
     found.check(path, migrations)?;
     let (ahead, after) = found.ahead(migrations);
@@ -151,6 +155,56 @@ pub(super) fn migrate_sqlite(
     tx.commit().map_err(map)?;
     failpoint("migrate.after_commit");
     Ok(())
+}
+
+/// Wants a file that is only looked at to have the schema that this program knows.
+pub(super) fn check_sqlite(
+    connection: &rusqlite::Connection,
+    path: &Path,
+    migrations: &[Migration],
+) -> Result<(), Error> {
+    standing_of_file(connection, path)?
+        .ok_or_else(|| without_tables(path))?
+        .check_as_it_is(path, migrations)
+}
+
+/// Refuses a file whose schema is newer than this program, for one that reads only what every schema has.
+pub(crate) fn refuse_newer_sqlite(
+    connection: &rusqlite::Connection,
+    path: &Path,
+) -> Result<(), Error> {
+    standing_of_file(connection, path)?
+        .ok_or_else(|| without_tables(path))?
+        .check(path, MIGRATIONS)
+}
+
+/// Where a file stands; `None` when it holds no tables.
+fn standing_of_file(
+    connection: &rusqlite::Connection,
+    path: &Path,
+) -> Result<Option<Standing>, Error> {
+    let map = super::sqlite::map;
+    let present: bool = connection
+        .query_row(
+            "SELECT COUNT(*) > 0 FROM sqlite_schema WHERE type = 'table' AND name = 'meta'",
+            [],
+            |row| row.get(0),
+        )
+        .map_err(map)?;
+    if !present {
+        return Ok(None);
+    }
+    let (schema, expanded): (Option<String>, Option<String>) = connection
+        .query_row(STANDING, [], |row| Ok((row.get(0)?, row.get(1)?)))
+        .map_err(map)?;
+    Standing::of(path, schema.as_deref(), expanded.as_deref()).map(Some)
+}
+
+fn without_tables(path: &Path) -> Error {
+    Error::damaged(
+        path,
+        "it holds no tables, restore the directory from a backup",
+    )
 }
 
 /// Copies the database with everything that its log holds to `meta.db.before-<version>`, durably.
@@ -187,13 +241,13 @@ fn copy(connection: &rusqlite::Connection, path: &Path, version: i64) -> Result<
 pub(super) async fn check_postgres(client: &Client, migrations: &[Migration]) -> Result<(), Error> {
     let place = Path::new("the PostgreSQL database");
     let found = standing(client, place).await?;
-    found.check(place, migrations)?;
-    if found.ahead(migrations).0.is_empty() {
-        return Ok(());
+    if found == Standing::EMPTY {
+        return Err(Error::unusable(
+            place,
+            "it holds no store, start `longshore serve` on it first",
+        ));
     }
-    Err(Error::Database(
-        "its schema is older than this program, start a server of this version first".to_owned(),
-    ))
+    found.check_as_it_is(place, migrations)
 }
 
 /// Brings the schema to the newest version under an advisory lock, so that replicas that start together

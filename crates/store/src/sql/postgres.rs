@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, run_body};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use fault::{Failure, Fault, unavailable};
@@ -228,6 +228,7 @@ async fn transact<B: Body>(
         };
         let again = match fault {
             Fault::Conflict | Fault::Stale => attempt < MAX_ATTEMPTS,
+            Fault::GaveWay => attempt < MAX_TURNS,
             Fault::Lost | Fault::ReadOnly => pool.may_come_back() && attempt < MAX_WAITS,
             Fault::Other => false,
         };
@@ -235,7 +236,9 @@ async fn transact<B: Body>(
             return Err(failure);
         }
         match fault {
-            Fault::Conflict | Fault::Stale => pause_briefly(attempt).await,
+            Fault::Conflict | Fault::GaveWay | Fault::Stale => {
+                pause_briefly(attempt.min(MAX_ATTEMPTS)).await;
+            }
             _ => pause(attempt).await,
         }
     }
@@ -250,7 +253,7 @@ async fn once<B: Body>(
 ) -> Result<B::Output, (Error, Fault)> {
     session.begin(B::KIND);
     let mut tx = Tx::new(Connection::Postgres(Box::new(session)), context.clone());
-    let outcome = body.run(&mut tx).await;
+    let outcome = run_body(body, &mut tx).await;
     let (event, unsealed, now) = (tx.event, tx.unsealed, tx.now);
     let Connection::Postgres(session) = tx.connection else {
         return Err((Error::Stopped, Fault::Other));
@@ -382,6 +385,8 @@ pub(super) fn map(error: tokio_postgres::Error) -> Error {
 /// Connections of a program that only looks.
 const LOOKERS: usize = 4;
 const MAX_ATTEMPTS: u64 = 10;
+/// Attempts of a transaction that gives way. Nobody waits for it, so it may need more of them.
+const MAX_TURNS: u64 = 50;
 /// Attempts to read while connections are lost.
 const MAX_READS: u64 = 6;
 /// Attempts to write while the database cannot be reached; the pool's patience ends them sooner.

@@ -21,7 +21,7 @@ use rusqlite::{ErrorCode, OpenFlags, ToSql, ffi};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::migration::Migration;
-use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind};
+use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind, run_body};
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::mode;
@@ -256,7 +256,7 @@ struct Pending<B: Body> {
 
 impl<B: Body> Job for Pending<B> {
     fn run(&mut self, tx: &mut Tx) -> bool {
-        let outcome = catch_unwind(AssertUnwindSafe(|| poll_once(self.body.run(tx))))
+        let outcome = catch_unwind(AssertUnwindSafe(|| poll_once(run_body(&self.body, tx))))
             .unwrap_or_else(|_| Err(Error::Database("a transaction panicked".to_owned())));
         let succeeded = outcome.is_ok();
         self.outcome = Some(outcome);
@@ -617,9 +617,8 @@ pub(crate) fn snapshot(path: &Path, alone: bool, context: Context) -> Result<Tx,
         reader(path)?
     };
     // BEGIN alone takes no snapshot, the first read does.
-    connection
-        .execute_batch("BEGIN; SELECT 1 FROM meta LIMIT 1;")
-        .map_err(map)?;
+    connection.execute_batch("BEGIN").map_err(map)?;
+    super::migration::check_sqlite(&connection, path, super::MIGRATIONS)?;
     Ok(Tx::new(Connection::Sqlite(Box::new(connection)), context))
 }
 

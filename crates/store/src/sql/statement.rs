@@ -129,10 +129,15 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
 }
 
 const POSTGRES_ALONE: &str = "{postgres}";
-const FRAGMENTS: [(&str, &str); 5] = [
+const FRAGMENTS: [(&str, &str); 7] = [
     ("{for update of rb}", "FOR UPDATE OF rb"),
     ("{for key share of rb}", "FOR KEY SHARE OF rb"),
     ("{for update}", "FOR UPDATE"),
     ("{for key share}", "FOR KEY SHARE"),
+    ("{for no key update}", "FOR NO KEY UPDATE"),
+    (
+        "{for no key update, skip locked}",
+        "FOR NO KEY UPDATE SKIP LOCKED",
+    ),
     ("{skip locked}", "FOR UPDATE SKIP LOCKED"),
 ];

@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::task::Poll;
 
 use super::migration::Migration;
 use super::sqlite::Sqlite;
@@ -84,6 +85,58 @@ fn add(name: impl ToString, size: usize, then_fail: bool) -> Add {
 
 fn count(db: &Sqlite) -> i64 {
     db.read(&COUNT, &[]).unwrap()[0].i64(0).unwrap()
+}
+
+/// A transaction that holds the database itself, and tells whether that was dropped without a panic.
+struct Holds {
+    _db: Arc<Sqlite>,
+    _told: Told,
+    go_on: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+struct Told(std::sync::mpsc::Sender<bool>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        let _ = self.0.send(std::thread::panicking());
+    }
+}
+
+impl Body for Holds {
+    type Output = ();
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let _ = self.go_on.lock().unwrap().recv();
+        add("last", 1, false).run(tx).await
+    }
+}
+
+#[tokio::test]
+async fn the_writer_itself_may_drop_the_last_handle() {
+    let (_directory, path) = scratch();
+    let db = Arc::new(open(&path, true, FIRST).unwrap());
+    let (go_on, wait) = std::sync::mpsc::channel();
+    let (told, panicked) = std::sync::mpsc::channel();
+    let body = Holds {
+        _db: Arc::clone(&db),
+        _told: Told(told),
+        go_on: std::sync::Mutex::new(wait),
+    };
+    {
+        let mut asked = std::pin::pin!(db.write(body));
+        // Sent, and not waited for.
+        assert!(
+            std::future::poll_fn(|context| Poll::Ready(asked.as_mut().poll(context).is_pending()))
+                .await
+        );
+    }
+    drop(db);
+    go_on.send(()).unwrap();
+    assert!(!panicked.recv().unwrap());
+    let db = open(&path, false, FIRST).unwrap();
+    assert_eq!(count(&db), 1);
+    // Nor does it matter that the last one goes in a task.
+    tokio::spawn(async move { drop(db) }).await.unwrap();
 }
 
 #[tokio::test]

@@ -4,21 +4,25 @@
 //! committed, or the upload is gone. A writer that sends nothing for the idle time loses its claim to whoever
 //! asks next: what it wrote is recorded first, and its handle then writes nowhere.
 //!
-//! Between replicas the claim is in the row. It lasts for a while and is renewed while bytes arrive; a request to the
-//! object store is sent only when the claim outlasts it. Taking it over raises the row's version, so the writer that
-//! lost it can record nothing more; what it wrote meanwhile lies under keys that only it used, or in parts whose
-//! ETags are not the recorded ones.
+//! Between replicas the claim is in the row. It lasts for seconds, and a process renews all that it has in one
+//! transaction every second or two, for as long as their writers live; so the uploads of a replica that was killed are
+//! free soon. A request to the object store goes on only while the claim is known to last. Whoever wants an upload that
+//! another replica has waits for it, and takes it when the claim was not renewed for its whole time *while it was
+//! watched*, which needs no clocks that agree. Taking it over raises the row's version, so the writer that lost it can
+//! record nothing more; what it wrote meanwhile lies under keys that only it used, or in parts whose ETags are not the
+//! recorded ones.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::writer::Session;
-use super::{ReleaseClaim, RenewClaim};
+use super::{ReleaseClaim, RenewClaims};
 use crate::error::Error;
 use crate::store::Inner;
 
@@ -28,6 +32,22 @@ pub(crate) struct Claims {
     slots: Arc<Mutex<HashMap<String, Arc<Slot>>>>,
     /// Other processes write uploads, too, so a claim is in the row as well.
     shared: Arc<AtomicBool>,
+    kept: Arc<Kept>,
+}
+
+/// The claims in rows that this process renews.
+#[derive(Default)]
+struct Kept {
+    rows: Mutex<KeptRows>,
+    /// Told when one is given back.
+    fewer: Notify,
+}
+
+#[derive(Default)]
+struct KeptRows {
+    claims: BTreeMap<i64, Weak<RowClaim>>,
+    /// A task renews them.
+    running: bool,
 }
 
 impl Claims {
@@ -35,6 +55,7 @@ impl Claims {
         Self {
             slots: Arc::default(),
             shared: Arc::new(AtomicBool::new(shared)),
+            kept: Arc::default(),
         }
     }
 
@@ -99,57 +120,81 @@ pub(crate) struct RowClaim {
     id: i64,
     token: String,
     /// Until when it lasts, as far as this process knows.
-    until: tokio::sync::Mutex<Instant>,
+    until: watch::Sender<Instant>,
+    lost: AtomicBool,
 }
 
 impl RowClaim {
-    /// `asked` is when the claim was asked for: it lasts at least as long from then on.
-    pub(crate) fn new(
+    /// Keeps a claim that was just taken. `asked` is when it was asked for: it lasts at least as long from then on.
+    pub(crate) fn keep(
         inner: &Arc<Inner>,
         slot: &Arc<Slot>,
         id: i64,
         token: String,
         asked: Instant,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let claim = Arc::new(Self {
             slot: Arc::clone(slot),
-            until: tokio::sync::Mutex::new(asked + inner.options.claim_idle),
+            until: watch::channel(asked + SPAN).0,
+            lost: AtomicBool::new(false),
             inner: Arc::clone(inner),
             id,
             token,
-        })
+        });
+        let kept = &inner.claims.kept;
+        let mut rows = kept.lock();
+        rows.claims.insert(id, Arc::downgrade(&claim));
+        if !rows.running {
+            rows.running = true;
+            let keeper = keep_all(Arc::clone(inner), Arc::clone(kept));
+            inner.in_background(keeper);
+        }
+        claim
     }
 
     pub(crate) fn token(&self) -> &str {
         &self.token
     }
 
-    /// Sees to it that the claim lasts for this long.
+    /// Sees to it that the claim lasts now.
     ///
     /// # Errors
-    /// [`Error::UploadBusy`] when it was lost.
-    pub(crate) async fn ensure(&self, lasting: Duration) -> Result<(), Error> {
-        let mut until = self.until.lock().await;
-        let now = Instant::now();
-        if *until >= now + lasting {
+    /// [`Error::UploadBusy`] when it was lost; as for every call that writes.
+    pub(crate) async fn ensure(&self) -> Result<(), Error> {
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(self.busy());
+        }
+        if *self.until.borrow() > Instant::now() {
             return Ok(());
         }
-        let span = self.inner.options.claim_idle.max(lasting + MARGIN);
-        let renewed = self
-            .inner
-            .db
-            .write(RenewClaim {
-                id: self.id,
-                token: self.token.clone(),
-                span,
-            })
-            .await?;
-        if !renewed {
-            let offset = self.slot.recorded();
-            return Err(Error::UploadBusy { offset });
+        // The one that renews was held up, or the database was away. Nobody need have taken it meanwhile.
+        renew(&self.inner, &[self]).await?;
+        if self.lost.load(Ordering::Relaxed) {
+            return Err(self.busy());
         }
-        *until = now + span;
         Ok(())
+    }
+
+    /// Does something while the claim lasts, and gives it up when the claim is lost.
+    ///
+    /// # Errors
+    /// Those of the work, and those of [`RowClaim::ensure`].
+    pub(crate) async fn hold<T>(
+        &self,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        tokio::pin!(work);
+        let mut until = self.until.subscribe();
+        loop {
+            self.ensure().await?;
+            let end = *until.borrow_and_update();
+            tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(end) => {}
+                _ = until.changed() => {}
+                result = &mut work => return result,
+            }
+        }
     }
 
     /// Gives it back, so that the next writer need not wait.
@@ -166,10 +211,101 @@ impl RowClaim {
             tracing::debug!(%error, "a claim could not be given back, its time will end it");
         }
     }
+
+    fn busy(&self) -> Error {
+        Error::UploadBusy {
+            offset: self.slot.recorded(),
+        }
+    }
 }
 
-/// A claim is asked for again before its time is quite over.
-const MARGIN: Duration = Duration::from_secs(5);
+impl Drop for RowClaim {
+    fn drop(&mut self) {
+        let kept = &self.inner.claims.kept;
+        let mut rows = kept.lock();
+        // Another claim of the same upload may stand in its place by now.
+        if rows
+            .claims
+            .get(&self.id)
+            .is_some_and(|claim| claim.strong_count() == 0)
+        {
+            rows.claims.remove(&self.id);
+        }
+        drop(rows);
+        kept.fewer.notify_one();
+    }
+}
+
+impl Kept {
+    fn lock(&self) -> MutexGuard<'_, KeptRows> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The claims that live; without one the task that renews them ends.
+    fn live(&self) -> Option<Vec<Arc<RowClaim>>> {
+        let mut rows = self.lock();
+        let live: Vec<_> = rows.claims.values().filter_map(Weak::upgrade).collect();
+        rows.running = !live.is_empty();
+        rows.running.then_some(live)
+    }
+}
+
+/// Renews the claims of this process until there are none.
+async fn keep_all(inner: Arc<Inner>, kept: Arc<Kept>) {
+    let mut next = Instant::now() + BEAT;
+    loop {
+        let due = tokio::select! {
+            () = tokio::time::sleep_until(next) => true,
+            () = kept.fewer.notified() => false,
+        };
+        let Some(live) = kept.live() else {
+            return;
+        };
+        if !due {
+            continue;
+        }
+        next = Instant::now() + BEAT;
+        for some in live.chunks(AT_ONCE) {
+            let claims: Vec<&RowClaim> = some.iter().map(|claim| &**claim).collect();
+            if let Err(error) = renew(&inner, &claims).await {
+                tracing::debug!(%error, "claims could not be renewed, it is tried again");
+            }
+        }
+    }
+}
+
+/// Makes claims last longer, and notes which ones were lost.
+async fn renew(inner: &Inner, claims: &[&RowClaim]) -> Result<(), Error> {
+    let asked = Instant::now();
+    let rows = claims.iter().map(|claim| (claim.id, claim.token.clone()));
+    let renewed = inner
+        .db
+        .write(RenewClaims {
+            claims: rows.collect(),
+            span: SPAN,
+        })
+        .await?;
+    for (claim, renewed) in claims.iter().zip(renewed) {
+        if renewed {
+            claim.until.send_replace(asked + SPAN);
+        } else {
+            claim.lost.store(true, Ordering::Relaxed);
+            claim.until.send_replace(asked);
+        }
+    }
+    Ok(())
+}
+
+/// How long a claim in a row lasts when it is not renewed.
+pub(crate) const SPAN: Duration = Duration::from_secs(6);
+/// The time between two renewals.
+const BEAT: Duration = Duration::from_millis(1500);
+/// Claims that one transaction renews.
+const AT_ONCE: usize = 200;
+/// How long ago a claim must have ended, by our own clock, to be taken without being watched.
+pub(crate) const LONG_OVER: Duration = Duration::from_secs(30);
+/// The time between two looks at the claim of another replica.
+pub(crate) const LOOK: Duration = Duration::from_millis(200);
 
 /// Where a writer's session lies while the writer has it, so that an idle one can be ended.
 pub(crate) struct Slot {

@@ -239,6 +239,9 @@ impl Session {
                 })
                 .await
                 .unwrap_or_else(|error| Err(stopped(&error)))?;
+                if row_claim.is_some() && !alone(&file) {
+                    return Err(Error::UploadBusy { offset: size });
+                }
                 Content::Object(Object::new(files, key, file, size, entry_durable))
             }
         };
@@ -310,7 +313,7 @@ impl Session {
             self.spill().await?;
         }
         if let Some(claim) = &self.row_claim {
-            claim.ensure(self.inner.options.claim_idle / 2).await?;
+            claim.ensure().await?;
         }
         if matches!(self.content, Content::Remote(_)) {
             return self.write_remote(chunk).await;
@@ -381,7 +384,11 @@ impl Session {
         let key = key.clone();
         // The finished job must not be awaited again.
         self.content = Content::Memory(Vec::new());
-        self.content = Content::Object(Object::new(&files, key, file?, size, false));
+        let file = file?;
+        if self.row_claim.is_some() && !alone(&file) {
+            return Err(Error::UploadUnknown);
+        }
+        self.content = Content::Object(Object::new(&files, key, file, size, false));
         self.broken = false;
         Ok(())
     }
@@ -746,6 +753,13 @@ impl Session {
             other => other,
         }
     }
+}
+
+/// Takes the file of an upload for this process, where replicas share a directory; `false` when another one has it. One
+/// that stood still for longer than its claim lasts may have a write under way, which comes when it goes on. A file
+/// system without locks is taken as it is.
+fn alone(file: &File) -> bool {
+    !matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock))
 }
 
 /// What becomes of the claim when an offset is recorded.

@@ -294,7 +294,7 @@ async fn count(client: &Client, statement: &str) -> i64 {
 }
 
 /// Waits until a session of the store waits for what `event` names; its process id.
-async fn waiting(client: &Client, event: &str) -> i32 {
+pub(crate) async fn waiting(client: &Client, event: &str) -> i32 {
     let begun = tokio::time::Instant::now();
     loop {
         assert!(

@@ -3,13 +3,14 @@
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use oci::{Algorithm, Digest};
-use store::{Expected, Options, Store, verify_audit, verify_store};
+use store::{Expected, ExpectedPins, Options, Pin, Store, Timestamp, verify_audit, verify_store};
 
 use crate::engine::{
-    actor, by_tag, content, image, name, push_blob, push_image, push_in_pieces, put, read_blob, tag,
+    actor, by_tag, content, described, image, name, push_blob, push_image, push_in_pieces, put,
+    read_blob, tag,
 };
 
 const DIRECTORY: &str = "STORE_KILL_DIRECTORY";
@@ -76,6 +77,11 @@ async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
                     .await
                     .unwrap()
                     .contains(&name(value)),
+                "pin" => {
+                    let digest: Digest = value.parse().unwrap();
+                    let pins = store.pins_of(&repository, &digest, None, 10);
+                    pins.await.unwrap().iter().any(|pin| pin.holder == "keeps")
+                }
                 other => panic!("{other}"),
             };
             assert!(there, "`{point}`: {line}");
@@ -109,6 +115,7 @@ async fn child_of_the_kill_test() {
 
 async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
     let repository = name("a/b");
+    let mut kept = Digest::sha256(b"");
     for seed in 0..3 {
         let small = push_blob(store, &repository, &content(seed, 900)).await;
         acknowledge(format!("blob {}", small.digest));
@@ -117,14 +124,11 @@ async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
         acknowledge(format!("blob {}", large.digest));
         let again = push_blob(store, &repository, &content(seed + 100, 1_500_000)).await;
         acknowledge(format!("blob {}", again.digest));
-        put(
-            store,
-            &repository,
-            &image(&small, &[large]),
-            &[&format!("v{seed}"), "latest"],
-        )
-        .await
-        .unwrap();
+        let view = image(&small, &[large]);
+        put(store, &repository, &view, &[&format!("v{seed}"), "latest"])
+            .await
+            .unwrap();
+        kept = described(&view).digest;
         acknowledge(format!("tag v{seed}"));
         store.maintain_once().await.unwrap();
     }
@@ -146,6 +150,30 @@ async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
         .await
         .unwrap();
     acknowledge("untag gone".to_owned());
+    // Of one holder that keeps its pin, and one whose pin comes, changes, goes, and ends.
+    let pin = |reason: &str, expires| Pin {
+        repository: repository.clone(),
+        digest: kept.clone(),
+        reason: reason.to_owned(),
+        expires,
+    };
+    let hour = SystemTime::UNIX_EPOCH.elapsed().unwrap() + Duration::from_hours(1);
+    let hour = Timestamp(hour.as_micros().try_into().unwrap());
+    for (holder, pins) in [
+        ("keeps", vec![pin("", None)]),
+        ("other", vec![pin("one", None)]),
+        ("other", vec![pin("two", None)]),
+        ("other", vec![]),
+        ("other", vec![pin("three", Some(hour))]),
+    ] {
+        let outcome = store
+            .set_pins(holder, pins, ExpectedPins::Any, &actor())
+            .await;
+        assert_eq!(outcome.unwrap().missing, []);
+        if holder == "keeps" {
+            acknowledge(format!("pin {kept}"));
+        }
+    }
     // What nothing keeps any more is collected, and a whole repository in steps.
     let doomed = name("a/doomed");
     let stray = push_blob(store, &doomed, &content(8, 90_000)).await;

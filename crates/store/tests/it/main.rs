@@ -21,6 +21,8 @@ mod kill;
 #[cfg(test)]
 mod kill_transfer;
 #[cfg(test)]
+mod lock_order;
+#[cfg(test)]
 mod modes;
 #[cfg(test)]
 mod object_store;

@@ -43,15 +43,23 @@ async fn keeps_the_contract(objects: ObjectStore) {
 
     let server = Server::start().await;
     let url = server.database("longshore").await;
-    let replica = || {
+    let replica = |claim_wait| {
+        let options = Options {
+            claim_wait,
+            ..Options::default()
+        };
         let postgres = DatabaseLocation::Postgres(url.clone());
-        objects.open(postgres, "postgres/below", Options::default())
+        objects.open(postgres, "postgres/below", options)
     };
-    let store = replica().await;
+    let soon = Duration::from_millis(100);
+    let store = replica(soon).await;
     one_replica(&objects, &store).await;
     store.close().await.unwrap();
     // With clocks that nobody moved.
-    let (one, two) = (replica().await, replica().await);
+    let (one, two) = (replica(soon).await, replica(soon).await);
+    let patient = replica(Duration::from_mins(5)).await;
+    a_writer_that_ends_is_waited_for(&url, &one, &patient).await;
+    patient.close().await.unwrap();
     two_replicas(&objects, &one, &two).await;
     one.close().await.unwrap();
     two.close().await.unwrap();
@@ -244,6 +252,36 @@ async fn goes_on_elsewhere(one: &Store, two: &Store) {
     let writer = claim(one, &repository, &id).await;
     writer.commit(&digest, &actor()).await.unwrap();
     assert!(read_blob(two, &repository, &digest).await.unwrap() == bytes);
+}
+
+/// Who comes to another replica while the first writer ends gets the upload, with all that was written.
+async fn a_writer_that_ends_is_waited_for(url: &str, one: &Store, patient: &Store) {
+    let (repository, bytes) = (name("waits/for"), large(3, 100_000));
+    let id = start(one, &repository).await;
+    let mut first = claim(one, &repository, &id).await;
+    first.write(bytes.slice(..60_000)).await.unwrap();
+    let next = {
+        let (patient, repository, id) = (patient.clone(), repository.clone(), id.clone());
+        tokio::spawn(async move { claim(&patient, &repository, &id).await })
+    };
+    // A writer that lives keeps its claim for longer than a claim lasts that is not renewed.
+    let client = crate::postgres::connect(url).await;
+    let claimed = async || -> i64 {
+        let claimed = "SELECT claimed_until FROM upload WHERE name = $1";
+        client.query_one(claimed, &[&id.0]).await.unwrap().get(0)
+    };
+    let before = claimed().await;
+    while claimed().await < before + 9_000_000 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(!next.is_finished());
+    assert_eq!(first.record().await.unwrap(), 60_000);
+    let mut next = next.await.unwrap();
+    assert_eq!(next.offset(), 60_000);
+    next.write(bytes.slice(60_000..)).await.unwrap();
+    let digest = Digest::sha256(&bytes);
+    next.commit(&digest, &actor()).await.unwrap();
+    assert!(read_blob(one, &repository, &digest).await.unwrap() == bytes);
 }
 
 /// The second writer is told the true offset, gets the upload when the first is silent for too long, and what the

@@ -38,12 +38,7 @@ pub(crate) async fn uploads_keep_the_contract(server: Option<&Server>) {
         None => DatabaseLocation::Sqlite(directory.path().join("data")),
         Some(server) => DatabaseLocation::Postgres(server.database("objects").await),
     };
-    let options = Options {
-        // Shorter than sending a part may take, so that a claim must be renewed for it.
-        claim_idle: Duration::from_secs(10),
-        ..Options::default()
-    };
-    let store = objects.open(database, options).await;
+    let store = objects.open(database, Options::default()).await;
     store.share_claims();
     let repository = name("a/b");
     for (seed, length) in [(1, 10), (2, 50_000), (3, PART + 50_000)] {

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use oci::reference::TagOrDigest;
 use oci::{Algorithm, Digest};
-use store::{Options, Store, UploadId, verify_audit, verify_store};
+use store::{
+    DatabaseLocation, Error, Location, ObjectLocation, Options, Store, UploadId, verify_audit,
+    verify_audit_at, verify_store,
+};
 
 use crate::engine::{actor, by_tag, name, read_blob};
 
@@ -78,6 +81,85 @@ async fn a_store_of_schema_1_is_migrated_with_all_that_it_holds() {
     let report = verify_store(&dir).await.unwrap();
     assert!(report.problems.is_empty(), "{:#?}", report.problems);
     verify_audit(&dir).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_look_at_another_schema_tells_what_to_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().join("data");
+    make(&dir).await;
+    let looks = async || {
+        let checked = verify_store(&dir).await.map(drop);
+        [checked, verify_audit(&dir).await.map(drop)]
+    };
+    for look in looks().await {
+        let problem = look.unwrap_err();
+        assert!(matches!(problem, Error::Unusable { .. }), "{problem}");
+        for part in ["schema 1", "reads schema 2", "`longshore serve`"] {
+            assert!(problem.to_string().contains(part), "{problem}");
+        }
+    }
+    // Nothing was changed, and a backup of it is whole.
+    assert!(!dir.join("meta.db.before-2").exists());
+    let (backup, to) = (
+        directory.path().join("backup"),
+        directory.path().join("restored"),
+    );
+    store::backup(&dir, &backup, false).await.unwrap();
+    let restored = store::restore(&backup, &to, None, &Options::default()).await;
+    assert_eq!(restored.unwrap().problems, Vec::<String>::new());
+
+    for at in [&dir, &to] {
+        let store = Store::open(at, Options::default()).await.unwrap();
+        store.close().await.unwrap();
+    }
+    for look in looks().await {
+        look.unwrap();
+    }
+    rusqlite::Connection::open(dir.join("meta.db"))
+        .unwrap()
+        .execute_batch("UPDATE meta SET value = '9' WHERE key IN ('schema', 'schema_expanded')")
+        .unwrap();
+    let [one, two] = looks().await;
+    let backup = store::backup(&dir, &directory.path().join("other"), false).await;
+    for look in [one, two, backup.map(drop)] {
+        let problem = look.unwrap_err();
+        assert!(
+            matches!(&problem, Error::Newer { dir: place, found: 9, known: 2 } if *place == dir),
+            "{problem}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_audit_record_of_a_cluster_is_checked_beside_it() {
+    let engine = crate::engine::postgres(Options::default()).await;
+    let location = Location {
+        database: DatabaseLocation::Postgres(engine.url.clone()),
+        objects: ObjectLocation::Directory(engine.directory.path().join("data")),
+    };
+    crate::engine::push_image(&engine.store, &name("a/b"), 1, &["v1"]).await;
+    engine.store.seal().await.unwrap();
+    assert!(verify_audit_at(&location).await.unwrap() > 0);
+    engine
+        .change("UPDATE audit SET principal = 'user:mallory'")
+        .await;
+    let problem = verify_audit_at(&location).await.unwrap_err();
+    assert!(matches!(problem, Error::Damaged { .. }), "{problem}");
+    assert!(problem.to_string().contains("PostgreSQL"), "{problem}");
+    // One that only looks leaves another schema as it is, and says so.
+    for (version, part) in [(1, "`longshore serve`"), (9, "a newer program")] {
+        engine
+            .change(&format!(
+                "UPDATE meta SET value = '{version}' WHERE key IN ('schema', 'schema_expanded')"
+            ))
+            .await;
+        let problem = verify_audit_at(&location).await.unwrap_err().to_string();
+        assert!(
+            problem.contains(part) && problem.contains("PostgreSQL"),
+            "{problem}"
+        );
+    }
 }
 
 const EPOCH: &str = "b14d202b2947e08104bcef6aab768a9e";

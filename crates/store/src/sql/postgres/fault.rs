@@ -24,6 +24,8 @@ pub(super) enum Failure {
 pub(super) enum Fault {
     /// Another transaction was in the way: the same one may succeed.
     Conflict,
+    /// The transaction itself gave way to another one, which was in its way outside the order of locks.
+    GaveWay,
     /// A statement that was prepared no longer fits the schema: the same one may succeed on a new session.
     Stale,
     /// The session is gone, and with it a transaction that had not begun to commit.

@@ -99,6 +99,11 @@ impl Session {
         self.transaction.fault
     }
 
+    /// Notes that the transaction is to be rolled back and repeated.
+    pub(in crate::sql) fn give_way(&mut self) {
+        self.transaction.fault.get_or_insert(Fault::GaveWay);
+    }
+
     /// Commits, with the mark when something was written.
     pub(super) async fn commit(&mut self, now: Timestamp) -> End {
         if self.transaction.to_begin.take().is_some() {

@@ -14,7 +14,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Digest, Hasher};
@@ -364,7 +363,7 @@ impl Session {
             self.name(Named::Multipart(key.clone())).await?;
             failpoint("upload.after_name_row");
             if let Some(claim) = &self.row_claim {
-                claim.ensure(transfer(0)).await?;
+                claim.ensure().await?;
             }
             let s3 = self.remote()?.s3.clone();
             match s3.create_multipart(&key).await {
@@ -568,7 +567,7 @@ impl Session {
         })
     }
 
-    /// Does something that takes long, keeping the claim.
+    /// Does something that takes long while the claim lasts.
     async fn while_claimed<T>(
         &self,
         work: impl Future<Output = Result<T, Error>>,
@@ -576,14 +575,7 @@ impl Session {
         let Some(claim) = &self.row_claim else {
             return work.await;
         };
-        claim.ensure(RENEWED).await?;
-        tokio::pin!(work);
-        loop {
-            tokio::select! {
-                result = &mut work => return result,
-                () = tokio::time::sleep(RENEWED / 3) => claim.ensure(RENEWED).await?,
-            }
-        }
+        claim.hold(work).await
     }
 
     fn remote(&mut self) -> Result<&mut Remote, Error> {
@@ -594,7 +586,7 @@ impl Session {
     }
 }
 
-/// Sends one part, as often as it makes sense. Each attempt is over before the claim is.
+/// Sends one part, as often as it makes sense, while the claim lasts.
 async fn send(
     s3: &S3,
     multipart: &Multipart,
@@ -606,12 +598,14 @@ async fn send(
     let limit = transfer(size);
     let mut attempt = 0;
     loop {
-        if let Some(claim) = claim {
-            claim.ensure(limit).await.map_err(Unsent::Failed)?;
-        }
-        let sent = s3
-            .put_part(&multipart.key, &multipart.id, index, chunks, limit)
-            .await;
+        let sending = s3.put_part(&multipart.key, &multipart.id, index, chunks, limit);
+        let sent = match claim {
+            Some(claim) => {
+                let held = claim.hold(async { Ok(sending.await) }).await;
+                held.map_err(Unsent::Failed)?
+            }
+            None => sending.await,
+        };
         failpoint("upload.after_part");
         match sent {
             Ok(etag) => return Ok(Part { etag, size }),
@@ -687,8 +681,6 @@ const MAX_PARTS: usize = 10_000;
 const IN_FLIGHT: usize = 3;
 /// Bytes that are taken in at once.
 const PIECE: usize = 1 << 20;
-/// How long a claim lasts at least while something long is done.
-const RENEWED: Duration = Duration::from_secs(15);
 
 #[cfg(test)]
 mod tests {
