@@ -203,11 +203,11 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
         let closed = inner.db.close().await;
-        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        // On a disk that takes no writes the log is folded into the database at the next start; nothing of it is lost.
         let (flushed, sealed, closed) = (
-            unless_full(flushed),
-            unless_full(sealed),
-            unless_full(closed),
+            unless_disk(flushed),
+            unless_disk(sealed),
+            unless_disk(closed),
         );
         inner
             .locks
@@ -804,10 +804,10 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     }
 }
 
-fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+fn unless_disk(outcome: Result<(), Error>) -> Result<(), Error> {
     match outcome {
-        Err(Error::Full) => {
-            tracing::info!("the disk is full, what is left of the end is done at the next start");
+        Err(error @ (Error::Full | Error::ReadOnly { .. })) => {
+            tracing::info!(%error, "what is left of the end is done at the next start");
             Ok(())
         }
         other => other,
