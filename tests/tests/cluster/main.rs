@@ -12,6 +12,8 @@ mod database;
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod full;
+#[cfg(test)]
 mod objects;
 #[cfg(test)]
 mod pushes;
@@ -27,7 +29,7 @@ use e2e::http::{Connection, Response};
 use e2e::objects::Kind;
 use e2e::server::Options;
 use e2e::wire::noise;
-use e2e::{Cluster, Server, digest, image, tools};
+use e2e::{Cluster, Run, Scratch, Server, digest, image, tools};
 
 /// Replicas over a cluster of their own.
 struct Site {
@@ -188,6 +190,13 @@ impl Pushers {
         pushed.refused.len() as u64 + pushed.broken
     }
 
+    /// How many answers of this status came so far.
+    fn refusals(&self, status: &str) -> usize {
+        let pushed = self.pushed.lock().unwrap();
+        let of_status = |text: &&String| text.starts_with(status);
+        pushed.refused.iter().filter(of_status).count()
+    }
+
     /// Waits until so many more tags were acknowledged.
     #[track_caller]
     fn wait_for_more(&self, more: usize) {
@@ -306,6 +315,21 @@ impl Pushed {
             );
         }
     }
+}
+
+/// Wants `verify-store` to find nothing.
+#[track_caller]
+fn verify(storage: &Storage) {
+    let scratch = Scratch::new();
+    let config = scratch.write("verify.yaml", format!("version: 1\n{}", storage.config()));
+    let mut run = Run::new(tools::program())
+        .args(["--json", "verify-store", "--config"])
+        .arg(config);
+    for (key, value) in storage.environment() {
+        run = run.env(key, value);
+    }
+    let report = run.ok();
+    assert_eq!(report.json()["problems"], serde_json::json!([]), "{report}");
 }
 
 /// Wants servers that run and did not panic.

@@ -1,7 +1,6 @@
 //! Disks that are full and disks that fail.
 
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Child;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +8,7 @@ use std::thread;
 
 use e2e::http::{Connection, Response};
 use e2e::server::{Options, signal};
-use e2e::{Run, Scratch, Server, digest, image, tools};
+use e2e::{Disk, Run, Scratch, Server, digest, image, tools};
 
 use crate::{
     connect, finish, healthy, holds, noise, offset_of, open_upload, patch, refused, verify,
@@ -17,49 +16,6 @@ use crate::{
 };
 
 const MIB: usize = 1 << 20;
-
-/// A file system of its own in memory, of a few MiB. Mounting takes root.
-pub(crate) struct Disk(pub(crate) PathBuf);
-
-impl Disk {
-    pub(crate) fn new(scratch: &Scratch, size: &str) -> Self {
-        let path = scratch.dir("disk");
-        Run::new("mount")
-            .args(["-t", "tmpfs", "-o"])
-            .arg(format!("size={size}"))
-            .arg("longshore-test")
-            .arg(&path)
-            .ok();
-        Self(path)
-    }
-
-    pub(crate) fn data(&self) -> PathBuf {
-        self.0.join("data")
-    }
-
-    /// Takes all space but `left` bytes.
-    fn fill(&self, left: u64) {
-        let stat = rustix::fs::statvfs(&self.0).unwrap();
-        let free = stat.f_bavail * stat.f_frsize;
-        let taken = usize::try_from(free.saturating_sub(left)).unwrap();
-        // The server writes too, and may take some of it meanwhile.
-        match std::fs::write(self.0.join("ballast"), vec![1; taken]) {
-            Err(error) if error.kind() == ErrorKind::StorageFull => {}
-            written => written.unwrap(),
-        }
-    }
-
-    /// Gives it back.
-    fn free(&self) {
-        std::fs::remove_file(self.0.join("ballast")).unwrap();
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        Run::new("umount").arg("--lazy").arg(&self.0).run();
-    }
-}
 
 /// An artifact that must stay readable whatever happens.
 pub(crate) fn keepsake(server: &Server) -> impl Fn(&Server) + use<> {
@@ -271,8 +227,8 @@ fn a_server_on_a_full_disk_ends_cleanly_and_starts_again() {
             .then_some(())
     });
     // Whatever the reserve gave is taken, too.
-    let ballast = disk.0.join("more");
-    let stat = rustix::fs::statvfs(&disk.0).unwrap();
+    let ballast = disk.path().join("more");
+    let stat = rustix::fs::statvfs(disk.path()).unwrap();
     let free = usize::try_from(stat.f_bavail * stat.f_frsize).unwrap();
     drop(std::fs::write(&ballast, vec![1; free]));
     let status = server.stop();

@@ -11,9 +11,9 @@ use std::thread;
 
 use e2e::http::Response;
 use e2e::server::Options;
-use e2e::{Run, Scratch, Server, digest, image, tools};
+use e2e::{Disk, Run, Scratch, Server, digest, image, tools};
 
-use crate::disk::{Disk, Tracer, keepsake};
+use crate::disk::{Tracer, keepsake};
 use crate::{connect, healthy, holds, noise, open_upload, patch, refused, verify, wait_for};
 
 /// An ext4 file system in a file that turns read-only at an error.
@@ -271,7 +271,7 @@ fn a_server_does_not_start_on_a_read_only_disk_and_says_why() {
     let remount = |mode: &str| {
         Run::new("mount")
             .args(["-o", &format!("remount,{mode}")])
-            .arg(&disk.0)
+            .arg(disk.path())
             .ok();
     };
     remount("ro");
@@ -287,7 +287,7 @@ fn a_server_does_not_start_on_a_read_only_disk_and_says_why() {
     server.stop();
     remount("ro");
     let refusal = Options::new(tools::program())
-        .data(disk.0.join("new"))
+        .data(disk.path().join("new"))
         .start()
         .expect_err("no server starts");
     assert!(
