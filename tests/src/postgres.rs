@@ -411,6 +411,19 @@ pub fn own(data: &Path) {
     }
 }
 
+/// Gives a file to the server's user, who alone may read it.
+///
+/// # Panics
+/// When its rights cannot be set.
+pub fn own_file(path: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .expect("its rights can be set");
+    if rustix::process::getuid().is_root() {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).expect("root gives it away");
+    }
+}
+
 /// Lets every user go through a scratch directory.
 ///
 /// # Panics

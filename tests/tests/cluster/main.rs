@@ -19,6 +19,8 @@ mod objects;
 mod pushes;
 #[cfg(test)]
 mod replica;
+#[cfg(test)]
+mod tls;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
