@@ -18,6 +18,8 @@ mod objects;
 #[cfg(test)]
 mod pushes;
 #[cfg(test)]
+mod recovery;
+#[cfg(test)]
 mod replica;
 #[cfg(test)]
 mod tls;
