@@ -24,8 +24,6 @@ const FILES: &[&str] = &[
     "verify_store_looks_at_a_configuration_and_tells_what_is_not_there",
     // A replica that was killed holds its claim for half a minute; the suite of the cluster waits for that.
     "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
-    // The measure is that of one process with its database in it.
-    "long_annotations_and_types_do_not_fill_the_memory_of_listings",
 ];
 
 /// What one part of the tests came to.

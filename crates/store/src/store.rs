@@ -654,10 +654,28 @@ impl Store {
         tag::history(&self.0.db, repository, tag, before, limit).await
     }
 
-    /// Referrers of a digest in a stable order (end-12). `after` is the `cursor` of the last one of the page before.
+    /// Referrers of a digest in a stable order (end-12), at most `limit`, and no more than take `bytes` together (but one
+    /// at least); and whether there are more. `after` is the `cursor` of the last one of the page before.
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn referrers_page(
+        &self,
+        repository: &RepositoryName,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+        after: Option<i64>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<(Vec<Referrer>, bool), Error> {
+        let db = &self.0.db;
+        referrer::list(db, repository, subject, artifact_type, after, limit, bytes).await
+    }
+
+    /// The first `limit` referrers after `after`, however long they are.
+    ///
+    /// # Errors
+    /// As [`Store::referrers_page`].
     pub async fn referrers(
         &self,
         repository: &RepositoryName,
@@ -666,7 +684,16 @@ impl Store {
         after: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Referrer>, Error> {
-        referrer::list(&self.0.db, repository, subject, artifact_type, after, limit).await
+        self.referrers_page(
+            repository,
+            subject,
+            artifact_type,
+            after,
+            limit,
+            usize::MAX >> 1,
+        )
+        .await
+        .map(|(found, _)| found)
     }
 
     /// Repositories with content in bytewise order after `last`.
