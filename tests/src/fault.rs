@@ -22,6 +22,14 @@ pub enum Fault {
     Lose,
     /// The store never sees it; this is answered.
     Answer(u16),
+    /// 200 is answered over an error document, as S3 does where an error came after it had begun to answer. `done`:
+    /// the store did it all the same, and else it never sees it.
+    OkWithError {
+        /// Whether the store did what was asked.
+        done: bool,
+    },
+    /// The ETag of the answer is another.
+    WrongEtag,
     /// It waits so long before it goes on.
     Delay(Duration),
     /// Nothing is ever answered, until the fault is lifted.
@@ -199,6 +207,10 @@ impl Faults {
                         std::io::copy(&mut reader.by_ref().take(length), &mut std::io::sink())?;
                         return refuse(client, status);
                     }
+                    Fault::OkWithError { done: false } => {
+                        std::io::copy(&mut reader.by_ref().take(length), &mut std::io::sink())?;
+                        return refuse(client, 200);
+                    }
                     Fault::IgnoreConditions => request.without_conditions(),
                     Fault::FlipRequest(at) => flip = Some(at),
                     Fault::CutRequest(bytes) => {
@@ -258,6 +270,14 @@ fn answer(
         // All of it, so that the store is done with it.
         std::io::copy(&mut reader, &mut std::io::sink())?;
         return Ok(false);
+    }
+    if fault == Some(&Fault::OkWithError { done: true }) {
+        std::io::copy(&mut reader, &mut std::io::sink())?;
+        refuse(client, 200)?;
+        return Ok(false);
+    }
+    if fault == Some(&Fault::WrongEtag) && head.get("etag").is_some() {
+        head.set("etag", "\"0123456789abcdef0123456789abcdef\"");
     }
     let bodiless = line.starts_with("HEAD ") || [204, 304].contains(&head.status());
     let counted = bodiless || head.get("content-length").is_some();

@@ -22,6 +22,7 @@
 pub mod agent;
 pub mod cluster;
 pub mod command;
+pub mod disk;
 pub mod engine;
 pub mod fault;
 pub mod http;
@@ -38,6 +39,7 @@ pub mod wire;
 pub use agent::Agent;
 pub use cluster::Cluster;
 pub use command::Run;
+pub use disk::Disk;
 pub use objects::ObjectStore;
 pub use postgres::Postgres;
 pub use proxy::Proxy;

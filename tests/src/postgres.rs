@@ -21,6 +21,21 @@ const USER: &str = "longshore";
 /// The user and group `nobody` and `nogroup` of every Debian: the server refuses to run as root.
 const NOBODY: u32 = 65534;
 
+/// How a server is made.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// Where its data directory is; `None` is a scratch directory. Its user must be able to go there.
+    pub data: Option<PathBuf>,
+    /// Where its log is (`pg_wal`); `None` is the data directory.
+    pub wal: Option<PathBuf>,
+    /// Whether every write is synced, as in production.
+    pub syncs: bool,
+    /// Settings, as `name=value`.
+    pub settings: Vec<String>,
+    /// Lines of `pg_hba.conf` before those that let everybody in from this machine.
+    pub access: Vec<String>,
+}
+
 /// A PostgreSQL server. It is stopped when this value goes.
 #[derive(Debug)]
 pub struct Postgres {
@@ -28,6 +43,7 @@ pub struct Postgres {
     port: u16,
     data: PathBuf,
     syncs: bool,
+    settings: Vec<String>,
     scratch: Scratch,
 }
 
@@ -37,9 +53,7 @@ impl Postgres {
     /// # Panics
     /// When PostgreSQL is not there or does not start.
     pub fn start() -> Self {
-        let scratch = Scratch::new();
-        let data = scratch.join("postgres");
-        Self::make(scratch, data, false)
+        Self::with(Setup::default())
     }
 
     /// The same below `directory`, with every write synced as it is in production.
@@ -47,29 +61,85 @@ impl Postgres {
     /// # Panics
     /// When PostgreSQL is not there or does not start.
     pub fn start_in(directory: &Path) -> Self {
-        Self::make(Scratch::new(), directory.join("postgres"), true)
+        Self::with(Setup {
+            data: Some(directory.join("postgres")),
+            syncs: true,
+            ..Setup::default()
+        })
     }
 
-    fn make(scratch: Scratch, data: PathBuf, syncs: bool) -> Self {
+    /// Makes a database cluster and starts a server on it.
+    ///
+    /// # Panics
+    /// When PostgreSQL is not there or does not start.
+    pub fn with(setup: Setup) -> Self {
+        let scratch = Scratch::new();
         open_to_all(scratch.path());
+        let data = setup.data.unwrap_or_else(|| scratch.join("postgres"));
         own(&data);
         let mut initdb = as_nobody("initdb")
             .args(["--auth=trust", "--encoding=UTF8", "--locale=C"])
             .arg(format!("--username={USER}"))
             .arg("-D")
             .arg(&data);
-        if !syncs {
+        if let Some(wal) = &setup.wal {
+            own(wal);
+            initdb = initdb.arg("--waldir").arg(wal);
+        }
+        if !setup.syncs {
             initdb = initdb.arg("--no-sync");
         }
         initdb.ok();
+        if !setup.access.is_empty() {
+            let file = data.join("pg_hba.conf");
+            let rest = std::fs::read_to_string(&file).expect("it was just made");
+            let text = format!("{}\n{rest}", setup.access.join("\n"));
+            std::fs::write(&file, text).expect("it can be written");
+        }
         let mut server = Self {
             child: None,
             port: 0,
             data,
-            syncs,
+            syncs: setup.syncs,
+            settings: setup.settings,
             scratch,
         };
         server.launch();
+        server
+    }
+
+    /// Copies the data directory with the server's own tool, without its log.
+    ///
+    /// # Panics
+    /// When the tool fails.
+    pub fn base_copy(&self, to: &Path) {
+        as_nobody("pg_basebackup")
+            .args(["--wal-method=none", "--checkpoint=fast", "--no-sync", "-D"])
+            .arg(to)
+            .arg("-d")
+            .arg(format!("host=127.0.0.1 port={} user={USER}", self.port))
+            .ok();
+    }
+
+    /// Starts a server on a data directory that is there, such as a copy, and waits until it takes writes.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn on_copy(data: PathBuf, settings: Vec<String>) -> Self {
+        let scratch = Scratch::new();
+        open_to_all(scratch.path());
+        let mut server = Self {
+            child: None,
+            port: 0,
+            data,
+            syncs: false,
+            settings,
+            scratch,
+        };
+        server.launch();
+        wait_for("the end of the recovery", || {
+            server.sql("postgres", "SELECT pg_is_in_recovery()") == "f"
+        });
         server
     }
 
@@ -97,6 +167,7 @@ impl Postgres {
             port: 0,
             data,
             syncs: self.syncs,
+            settings: self.settings.clone(),
             scratch,
         };
         standby.launch();
@@ -171,6 +242,17 @@ impl Postgres {
         psql(self.port, database, statement).ok().text()
     }
 
+    /// Runs a statement that may fail.
+    pub fn try_sql(&self, database: &str, statement: &str) -> Option<String> {
+        let output = psql(self.port, database, statement).run();
+        (output.code == Some(0)).then(|| output.text())
+    }
+
+    /// Whether it answers.
+    pub fn serves(&self) -> bool {
+        self.try_sql("postgres", "SELECT 1").is_some()
+    }
+
     /// Stops it at once, as a crash would; what was committed is there at the next start.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -186,6 +268,18 @@ impl Postgres {
             signal(child.id(), Signal::INT);
             drop(child.wait());
         }
+    }
+
+    /// Its data directory.
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// Whether its process still runs.
+    pub fn runs(&mut self) -> bool {
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// Starts it again where it was.
@@ -220,6 +314,9 @@ impl Postgres {
                 format!("fsync={}", if self.syncs { "on" } else { "off" }),
             ] {
                 run = run.args(["-c", &setting]);
+            }
+            for setting in &self.settings {
+                run = run.args(["-c", setting]);
             }
             let mut child = run.spawn(&self.scratch.join("postgres.log"));
             let start = Instant::now();
@@ -309,7 +406,10 @@ fn as_nobody(program: &str) -> Run {
 }
 
 /// Makes a directory that the server's user owns.
-fn own(data: &Path) {
+///
+/// # Panics
+/// When it cannot be made or given away.
+pub fn own(data: &Path) {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::create_dir_all(data).expect("a directory can be made");
     std::fs::set_permissions(data, std::fs::Permissions::from_mode(0o700))
@@ -319,8 +419,24 @@ fn own(data: &Path) {
     }
 }
 
+/// Gives a file to the server's user, who alone may read it.
+///
+/// # Panics
+/// When its rights cannot be set.
+pub fn own_file(path: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .expect("its rights can be set");
+    if rustix::process::getuid().is_root() {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).expect("root gives it away");
+    }
+}
+
 /// Lets every user go through a scratch directory.
-fn open_to_all(directory: &Path) {
+///
+/// # Panics
+/// When its rights cannot be set.
+pub fn open_to_all(directory: &Path) {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
         .expect("its rights can be set");

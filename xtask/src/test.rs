@@ -44,10 +44,6 @@ const EMBEDDED: &[(&str, &str)] = &[
         "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
         "a replica that was killed holds its claim for half a minute; `replica::` of the suite `cluster` waits for that",
     ),
-    (
-        "long_annotations_and_types_do_not_fill_the_memory_of_listings",
-        "its measure is that of one process with its database in it",
-    ),
 ];
 
 /// What one part of the tests came to.

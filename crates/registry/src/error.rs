@@ -230,6 +230,16 @@ impl From<store::Error> for Refusal {
                 .with(RETRY_AFTER, HeaderValue::from_static("60")),
             E::ReadOnly { .. } => plain(StatusCode::SERVICE_UNAVAILABLE, UNKNOWN)
                 .with(RETRY_AFTER, HeaderValue::from_static("30")),
+            E::DiskReadOnly(_) => {
+                let mut refusal = Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    UNKNOWN,
+                    "the registry is read-only: its disk takes no writes, try again later",
+                )
+                .with(RETRY_AFTER, HeaderValue::from_static("30"));
+                refusal.0.internal = Some(message);
+                refusal
+            }
             E::QuotaExceeded { .. } => plain(StatusCode::FORBIDDEN, DENIED),
             E::PinsChanged { version, .. } => {
                 let refusal = plain(StatusCode::PRECONDITION_FAILED, "PRECONDITION_FAILED");
@@ -396,6 +406,8 @@ mod tests {
         check(busy(), 416, "BLOB_UPLOAD_INVALID", Some((RETRY_AFTER, "1"))).await;
         check(E::Full, 507, "UNKNOWN", Some((RETRY_AFTER, "60"))).await;
         check(E::Stopped, 503, "UNKNOWN", Some((RETRY_AFTER, "10"))).await;
+        let locked = E::DiskReadOnly("/data".into());
+        check(locked, 503, "UNKNOWN", Some((RETRY_AFTER, "30"))).await;
         check(
             E::Database("secret detail".to_owned()),
             500,

@@ -414,7 +414,7 @@ impl Metrics {
         self.0.suspect.set(suspect as i64);
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),
-            ("disk", mode.full.is_some()),
+            ("disk", mode.full.is_some() || mode.disk_read_only),
             ("recovery", mode.recovery),
         ] {
             self.0

@@ -175,6 +175,24 @@ pub(crate) fn database(root: &Path) -> PathBuf {
     root.join(DATABASE)
 }
 
+/// Tells whether the file system of a directory takes no writes, by trying one.
+pub(crate) fn is_read_only(directory: &Path) -> bool {
+    let probe = directory.join(PROBE);
+    match OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .open(&probe)
+    {
+        Ok(_) => {
+            // It is ours, and one that stays is used by the next look.
+            let _ = std::fs::remove_file(&probe);
+            false
+        }
+        Err(error) => error.kind() == ErrorKind::ReadOnlyFilesystem,
+    }
+}
+
 /// The path of the objects.
 pub(crate) fn objects(root: &Path) -> PathBuf {
     root.join(OBJECTS)
@@ -241,7 +259,8 @@ fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
         let name = name.to_string_lossy();
         // `lost+found` is the file system's own, when the directory is its root.
         let known = also.contains(&name.as_ref())
-            || [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, "lost+found"].contains(&name.as_ref())
+            || [LOCK, OBJECTS, FORMAT_PARTIAL, RESERVE, PROBE, "lost+found"]
+                .contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
                 .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
@@ -283,6 +302,8 @@ const FORMAT_FILE: &str = "format";
 const FORMAT_PARTIAL: &str = "format.partial";
 /// What is removed first when the disk is full.
 pub(crate) const RESERVE: &str = "reserve";
+/// Made and removed to find out whether the file system takes writes.
+const PROBE: &str = "probe";
 /// After the name of a database that was carried elsewhere.
 const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";

@@ -99,6 +99,9 @@ pub enum Error {
     /// The disk is full. Nothing acknowledged is lost.
     #[error("the disk is full, free some space and try again")]
     Full,
+    /// The file system takes no writes. Nothing acknowledged is lost, and reads go on.
+    #[error("`{0}` is on a file system that is read-only, mount it writable and try again")]
+    DiskReadOnly(PathBuf),
     /// The data directory is used by another process.
     #[error(
         "data directory `{0}` is in use by another process, stop it or choose another directory"
@@ -198,12 +201,16 @@ const SHOWN: usize = 10;
 pub(crate) const MISSING: &str = "it is missing; run `verify-store`";
 
 impl Error {
-    /// Maps a failure of the file system; a full disk or an exhausted quota is [`Error::Full`].
+    /// Maps a failure of the file system; a full disk or an exhausted quota is [`Error::Full`], a file system that
+    /// takes no writes is [`Error::DiskReadOnly`].
     pub(crate) fn io(operation: &'static str, path: &Path, source: std::io::Error) -> Self {
-        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
         if matches!(source.kind(), StorageFull | QuotaExceeded) {
             tracing::debug!(operation, path = %path.display(), "the disk is full");
             return Self::Full;
+        }
+        if source.kind() == ReadOnlyFilesystem {
+            return Self::DiskReadOnly(path.to_owned());
         }
         Self::Io {
             operation,

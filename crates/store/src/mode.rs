@@ -1,8 +1,8 @@
 //! Read-only mode: what may be written now, and why not.
 //!
 //! The store is read-only by command (a row of `meta`, so every replica follows with its next transaction), or by itself:
-//! while the data directory is full, while PostgreSQL is in recovery, and while it is being carried to another place
-//! ([`crate::transfer`]), when not even the store's own work goes on. The command is checked **inside** each
+//! while the data directory is full, while its file system takes no writes, while PostgreSQL is in recovery, and while it
+//! is being carried to another place ([`crate::transfer`]), when not even the store's own work goes on. The command is checked **inside** each
 //! transaction: on SQLite by the one writer, on PostgreSQL under a shared advisory lock that the command takes alone,
 //! so when the command is answered no write of a user is under way or comes after it.
 //!
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit;
 use crate::clock::Timestamp;
-use crate::directory::RESERVE;
+use crate::directory::{self, RESERVE};
 use crate::error::Error;
 use crate::model::Actor;
 use crate::sql::{Body, Tx, WriteKind, statements};
@@ -40,6 +40,8 @@ pub struct Mode {
     pub commanded: Option<Commanded>,
     /// Read-only because the data directory is full: why.
     pub full: Option<String>,
+    /// Read-only because the file system of the data directory is.
+    pub disk_read_only: bool,
     /// Read-only because the database is in recovery (a standby that was not promoted).
     pub recovery: bool,
 }
@@ -47,13 +49,16 @@ pub struct Mode {
 impl Mode {
     /// Tells whether users can write.
     pub fn is_normal(&self) -> bool {
-        self.commanded.is_none() && self.full.is_none() && !self.recovery
+        self.commanded.is_none() && self.full.is_none() && !self.disk_read_only && !self.recovery
     }
 
     /// Why users cannot write, in the words that they get to read.
     pub fn reason(&self) -> Option<String> {
         if let Some(commanded) = &self.commanded {
             return Some(commanded.reason());
+        }
+        if self.disk_read_only {
+            return Some(DISK_READ_ONLY.to_owned());
         }
         if let Some(full) = &self.full {
             return Some(full.clone());
@@ -131,6 +136,8 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct State {
     full: Option<String>,
+    /// A directory that cannot be written, because its file system takes no writes.
+    locked: Option<PathBuf>,
     recovery: bool,
     /// The commanded mode as it was last read, so that a body is not taken in only to be refused at its end.
     commanded: Option<Commanded>,
@@ -166,9 +173,12 @@ impl Gate {
         }
     }
 
-    /// Refuses a transaction of this kind while the disk is full. It looks at the disk anew, so what was freed counts
-    /// at once.
+    /// Refuses a transaction of this kind while the disk is full or read-only. It looks at the disk anew, so what was
+    /// freed counts at once.
     pub(crate) fn check(&self, kind: WriteKind) -> Result<(), Error> {
+        if self.is_locked() {
+            return Err(disk_read_only());
+        }
         if kind != WriteKind::User || self.state().full.is_none() {
             return Ok(());
         }
@@ -193,6 +203,36 @@ impl Gate {
         Err(Error::ReadOnly { reason })
     }
 
+    /// A write below `directory` failed. Tells whether the reason is that its file system takes no writes, and begins the
+    /// read-only mode then. What can tell is another write: a file system that stopped after an error of its own may
+    /// still call itself writable. Blocks.
+    pub(crate) fn met_failed_write(&self, directory: &Path) -> bool {
+        let locked = directory::is_read_only(directory);
+        let mut state = self.state();
+        if locked && state.locked.is_none() {
+            tracing::error!(
+                directory = %directory.display(),
+                "the file system takes no writes, users cannot write until it does; pulls go on"
+            );
+            state.locked = Some(directory.to_owned());
+        }
+        locked
+    }
+
+    /// Tells whether a file system takes no writes; ends that mode when it does again. Blocks while it lasts.
+    fn is_locked(&self) -> bool {
+        let Some(directory) = self.state().locked.clone() else {
+            return false;
+        };
+        if directory::is_read_only(&directory) {
+            return true;
+        }
+        if self.state().locked.take().is_some() {
+            tracing::info!(directory = %directory.display(), "the file system takes writes again");
+        }
+        false
+    }
+
     /// A write met a full disk. Gives the reserve up; `true` when that made room, so that what must go on can try again.
     pub(crate) fn met_full_disk(&self) -> bool {
         let Some(disk) = &self.disk else {
@@ -208,14 +248,28 @@ impl Gate {
 
     /// Measures the disk and enters or leaves the mode; makes the reserve when there is room for it. Blocks.
     pub(crate) fn look(&self) {
+        if self.is_locked() {
+            return;
+        }
         if let (Some(room), Some(disk)) = (self.measure(), &self.disk) {
             disk.make(room);
         }
     }
 
-    /// Measures the disk now, because a write of a file met its end.
-    pub(crate) fn measure_now(&self) {
-        let _ = self.measure();
+    /// Looks at the disk now, because the write of a file failed so; what to answer. Blocks.
+    pub(crate) fn note_failure(&self, failure: Error) -> Error {
+        match (&failure, &self.disk) {
+            (Error::Full, _) => drop(self.measure()),
+            // A file system that stops fails what is under way in another way than what comes later.
+            (Error::DiskReadOnly(_) | Error::Io { .. }, Some(disk))
+                if self.met_failed_write(&disk.directory) =>
+            {
+                tracing::debug!(error = %failure, "a write failed on a file system that takes none");
+                return disk_read_only();
+            }
+            _ => {}
+        }
+        failure
     }
 
     /// Measures the disk and enters or leaves the mode; what it has when that is enough.
@@ -370,6 +424,7 @@ impl Store {
         Ok(Mode {
             commanded,
             full: state.full.clone(),
+            disk_read_only: state.locked.is_some(),
             recovery: state.recovery,
         })
     }
@@ -452,6 +507,16 @@ impl Body for Set {
 
 /// The mark of the command; the others are those of a transfer.
 const MODE: &str = "mode";
+
+/// The refusal while a file system takes no writes.
+pub(crate) fn disk_read_only() -> Error {
+    Error::ReadOnly {
+        reason: DISK_READ_ONLY.to_owned(),
+    }
+}
+
+const DISK_READ_ONLY: &str =
+    "its disk takes no writes (a read-only file system), an operator must look at it: pulls go on";
 const MAX_RESERVE: u64 = 16 << 20;
 const MAX_FLOOR: u64 = 128 << 20;
 /// Files that the file system must be able to make.

@@ -21,11 +21,19 @@ statements! {
            ON CONFLICT (repository_id, subject, digest) DO UPDATE SET source = excluded.source, \
                artifact_type = excluded.artifact_type, descriptor = excluded.descriptor \
            WHERE excluded.source = 'subject' OR (excluded.source = 'index' AND referrer.source = 'tag')";
-    LIST = "SELECT f.id, f.descriptor FROM repository r JOIN referrer f ON f.repository_id = r.id \
-            WHERE r.name = $1 AND f.subject = $2 AND f.id > $3 AND f.source <> 'tag' \
-              AND ($4 = '' OR f.artifact_type = $4) \
-              AND EXISTS (SELECT 1 FROM manifest m WHERE m.repository_id = f.repository_id AND m.digest = f.digest) \
-            ORDER BY f.id LIMIT $5";
+    LIST = "SELECT f.id, f.descriptor, s.near FROM \
+              (SELECT repository_id, subject, digest, size, COUNT(*) OVER () AS near, \
+                      CAST(SUM(size) OVER (ORDER BY id) AS BIGINT) AS total \
+               FROM (SELECT f.id, f.repository_id, f.subject, f.digest, CAST(octet_length(f.descriptor) AS BIGINT) AS size \
+                     FROM repository r JOIN referrer f ON f.repository_id = r.id \
+                     WHERE r.name = $1 AND f.subject = $2 AND f.id > $3 AND f.source <> 'tag' \
+                       AND ($4 = '' OR f.artifact_type = $4) \
+                       AND EXISTS (SELECT 1 FROM manifest m \
+                                   WHERE m.repository_id = f.repository_id AND m.digest = f.digest) \
+                     ORDER BY f.id LIMIT $5) looked) s \
+            JOIN referrer f ON f.repository_id = s.repository_id AND f.subject = s.subject AND f.digest = s.digest \
+            WHERE s.total <= $6 OR s.total = s.size \
+            ORDER BY f.id";
     OF_SUBJECT = "SELECT digest FROM referrer WHERE repository_id = $1 AND subject = $2 ORDER BY digest";
     // Statements that change several rows lock them in the order of their keys first.
     REMOVE = "DELETE FROM referrer WHERE repository_id = $1 AND digest = $2 AND subject IN ( \
@@ -186,6 +194,8 @@ pub(crate) async fn remove(tx: &mut Tx, repository: i64, digest: &Digest) -> Res
         .map(drop)
 }
 
+/// At most `limit` referrers, and of those no more than take `bytes` together, but one at least; and whether there are
+/// more. Annotations can be as long as a manifest, so the database looks at lengths before it hands anything out.
 pub(crate) async fn list(
     db: &Db,
     repository: &RepositoryName,
@@ -193,25 +203,34 @@ pub(crate) async fn list(
     artifact_type: Option<&str>,
     after: Option<i64>,
     limit: usize,
-) -> Result<Vec<Referrer>, Error> {
-    db.scan(
-        &LIST,
-        vec![
-            repository.as_str().into(),
-            subject.into(),
-            after.unwrap_or(0).into(),
-            artifact_type.unwrap_or_default().into(),
-            limit.into(),
-        ],
-    )
-    .await?
-    .iter()
-    .map(|row| {
-        Ok(Referrer {
-            cursor: row.i64(0)?,
-            descriptor: serde_json::from_str(&row.text(1)?)
-                .map_err(|error| Error::Database(format!("a stored descriptor: {error}")))?,
+    bytes: usize,
+) -> Result<(Vec<Referrer>, bool), Error> {
+    let rows = db
+        .scan(
+            &LIST,
+            vec![
+                repository.as_str().into(),
+                subject.into(),
+                after.unwrap_or(0).into(),
+                artifact_type.unwrap_or_default().into(),
+                // One more tells whether there is more.
+                limit.saturating_add(1).into(),
+                bytes.into(),
+            ],
+        )
+        .await?;
+    let near = rows.first().map_or(Ok(0), |row| row.u64(2))?;
+    let more = near > rows.len().min(limit) as u64;
+    let found: Result<_, Error> = rows
+        .into_iter()
+        .take(limit)
+        .map(|row| {
+            Ok(Referrer {
+                cursor: row.i64(0)?,
+                descriptor: serde_json::from_str(&row.text(1)?)
+                    .map_err(|error| Error::Database(format!("a stored descriptor: {error}")))?,
+            })
         })
-    })
-    .collect()
+        .collect();
+    Ok((found?, more))
 }

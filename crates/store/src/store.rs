@@ -213,11 +213,11 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner)
             .abort_all();
         let closed = inner.db.close().await;
-        // On a full disk the log is folded into the database at the next start; nothing of it is lost.
+        // On a disk that takes no writes the log is folded into the database at the next start; nothing of it is lost.
         let (flushed, sealed, closed) = (
-            unless_full(flushed),
-            unless_full(sealed),
-            unless_full(closed),
+            unless_disk(flushed),
+            unless_disk(sealed),
+            unless_disk(closed),
         );
         inner
             .locks
@@ -664,10 +664,28 @@ impl Store {
         tag::history(&self.0.db, repository, tag, before, limit).await
     }
 
-    /// Referrers of a digest in a stable order (end-12). `after` is the `cursor` of the last one of the page before.
+    /// Referrers of a digest in a stable order (end-12), at most `limit`, and no more than take `bytes` together (but one
+    /// at least); and whether there are more. `after` is the `cursor` of the last one of the page before.
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn referrers_page(
+        &self,
+        repository: &RepositoryName,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+        after: Option<i64>,
+        limit: usize,
+        bytes: usize,
+    ) -> Result<(Vec<Referrer>, bool), Error> {
+        let db = &self.0.db;
+        referrer::list(db, repository, subject, artifact_type, after, limit, bytes).await
+    }
+
+    /// The first `limit` referrers after `after`, however long they are.
+    ///
+    /// # Errors
+    /// As [`Store::referrers_page`].
     pub async fn referrers(
         &self,
         repository: &RepositoryName,
@@ -676,7 +694,16 @@ impl Store {
         after: Option<i64>,
         limit: usize,
     ) -> Result<Vec<Referrer>, Error> {
-        referrer::list(&self.0.db, repository, subject, artifact_type, after, limit).await
+        self.referrers_page(
+            repository,
+            subject,
+            artifact_type,
+            after,
+            limit,
+            usize::MAX >> 1,
+        )
+        .await
+        .map(|(found, _)| found)
     }
 
     /// Repositories with content in bytewise order after `last`.
@@ -814,10 +841,10 @@ async fn end_idle(inner: &Inner, session: Box<Session>) {
     }
 }
 
-fn unless_full(outcome: Result<(), Error>) -> Result<(), Error> {
+fn unless_disk(outcome: Result<(), Error>) -> Result<(), Error> {
     match outcome {
-        Err(Error::Full) => {
-            tracing::info!("the disk is full, what is left of the end is done at the next start");
+        Err(error @ (Error::Full | Error::ReadOnly { .. })) => {
+            tracing::info!(%error, "what is left of the end is done at the next start");
             Ok(())
         }
         other => other,

@@ -12,13 +12,19 @@ mod database;
 #[cfg(test)]
 mod events;
 #[cfg(test)]
+mod full;
+#[cfg(test)]
 mod objects;
 #[cfg(test)]
 mod pushes;
 #[cfg(test)]
+mod recovery;
+#[cfg(test)]
 mod redirect;
 #[cfg(test)]
 mod replica;
+#[cfg(test)]
+mod tls;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -29,7 +35,7 @@ use e2e::http::{Connection, Response};
 use e2e::objects::Kind;
 use e2e::server::Options;
 use e2e::wire::noise;
-use e2e::{Cluster, Server, digest, image, tools};
+use e2e::{Cluster, Run, Scratch, Server, digest, image, tools};
 
 /// Replicas over a cluster of their own.
 struct Site {
@@ -210,6 +216,13 @@ impl Pushers {
         });
     }
 
+    /// How many answers of this status came so far.
+    fn refusals(&self, status: &str) -> usize {
+        let pushed = self.pushed.lock().unwrap();
+        let of_status = |text: &&String| text.starts_with(status);
+        pushed.refused.iter().filter(of_status).count()
+    }
+
     /// Waits until so many more tags were acknowledged.
     #[track_caller]
     fn wait_for_more(&self, more: usize) {
@@ -328,6 +341,21 @@ impl Pushed {
             );
         }
     }
+}
+
+/// Wants `verify-store` to find nothing.
+#[track_caller]
+fn verify(storage: &Storage) {
+    let scratch = Scratch::new();
+    let config = scratch.write("verify.yaml", format!("version: 1\n{}", storage.config()));
+    let mut run = Run::new(tools::program())
+        .args(["--json", "verify-store", "--config"])
+        .arg(config);
+    for (key, value) in storage.environment() {
+        run = run.env(key, value);
+    }
+    let report = run.ok();
+    assert_eq!(report.json()["problems"], serde_json::json!([]), "{report}");
 }
 
 /// Wants servers that run and did not panic.

@@ -1,4 +1,5 @@
-//! Object stores that err, lose answers, are slow, answer wrongly, and ignore conditions.
+//! Object stores that err, lose answers, are slow, answer wrongly, and ignore conditions. Every wrong answer is made
+//! before a real store, so that what it did and what it said can differ.
 
 use std::thread;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use e2e::objects::Kind;
 use e2e::wire::{finish, holds, noise, open_upload, patch, refused, wait_for};
 use e2e::{Cluster, Run, digest, image, tools};
 
-use crate::{Pushers, Site, healthy, in_trouble, keepsake};
+use crate::{Pushers, Site, healthy, in_trouble, keepsake, verify};
 
 const MIB: usize = 1 << 20;
 
@@ -318,4 +319,78 @@ fn wrong_bytes_from_the_store_are_found_and_a_push_heals_them() {
         holds(server, "bits/app", &digest(&whole));
     }
     healthy(&mut servers);
+}
+
+#[test]
+fn an_ok_over_an_error_completes_nothing() {
+    for kind in Kind::ALL {
+        let (mut site, faults) = broken(kind, 2);
+        for (number, done) in [false, true].into_iter().enumerate() {
+            let server = &site.servers[number];
+            // Once: it is asked again, or looked for, and nobody notices.
+            let bytes = noise(90 + number as u64, 12 * MIB);
+            let met = faults.met();
+            faults.next(1, "?uploadId=", Fault::OkWithError { done });
+            let blob = image::push_blob(server.url(), "okay/app", &bytes);
+            assert!(faults.met() > met, "no completion was broken");
+            holds(server, "okay/app", &blob);
+            faults.heal();
+            // Always: it is said, nothing is there, and a later push is whole.
+            let bytes = noise(95 + number as u64, 12 * MIB);
+            let target = format!("/v2/okay/app/blobs/uploads/?digest={}", digest(&bytes));
+            let met = faults.met();
+            faults.always("?uploadId=", Fault::OkWithError { done });
+            let answer = server.request("POST", &target, &[], &bytes);
+            let acknowledged = answer.status() == 201;
+            if !acknowledged {
+                in_trouble(&answer);
+            }
+            // What the store did may be found by a look at the object, and by nothing else.
+            assert!(done || !acknowledged, "{}", answer.text());
+            assert!(faults.met() > met, "no completion was broken");
+            let blob = format!("/v2/okay/app/blobs/{}", digest(&bytes));
+            let wanted = if acknowledged { 200 } else { 404 };
+            assert_eq!(server.request("HEAD", &blob, &[], &[]).status(), wanted);
+            faults.heal();
+            let answer = server.request("POST", &target, &[], &bytes);
+            assert_eq!(answer.status(), 201, "{}", answer.text());
+            for server in &site.servers {
+                holds(server, "okay/app", &digest(&bytes));
+            }
+        }
+        healthy(&mut site.servers);
+        verify(&site.storage);
+    }
+}
+
+#[test]
+fn a_wrong_etag_of_a_part_makes_no_wrong_blob() {
+    for kind in Kind::ALL {
+        let (mut site, faults) = broken(kind, 1);
+        let server = &site.servers[0];
+        let bytes = noise(101, 14 * MIB);
+        let wanted = digest(&bytes);
+        let target = format!("/v2/etag/app/blobs/uploads/?digest={wanted}");
+        let met = faults.met();
+        faults.next(1, "partNumber=", Fault::WrongEtag);
+        let answer = server.request("POST", &target, &[], &bytes);
+        assert!(faults.met() > met, "no part was broken");
+        if answer.status() != 201 {
+            in_trouble(&answer);
+            let blob = format!("/v2/etag/app/blobs/{wanted}");
+            assert_eq!(server.get(&blob).status(), 404);
+        }
+        faults.heal();
+        let answer = server.request("POST", &target, &[], &bytes);
+        assert_eq!(answer.status(), 201, "{}", answer.text());
+        holds(server, "etag/app", &wanted);
+        // Of whole objects and of reads nobody asks it.
+        faults.always("", Fault::WrongEtag);
+        let blob = image::push_blob(server.url(), "etag/app", &noise(102, 300_000));
+        holds(server, "etag/app", &blob);
+        faults.heal();
+        holds(server, "etag/app", &blob);
+        healthy(&mut site.servers);
+        verify(&site.storage);
+    }
 }

@@ -1,6 +1,6 @@
 //! Disks that are full and disks that fail.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Child;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use std::thread;
 
 use e2e::http::{Connection, Response};
 use e2e::server::{Options, signal};
-use e2e::{Run, Scratch, Server, digest, image, tools};
+use e2e::{Disk, Run, Scratch, Server, digest, image, tools};
 
 use crate::{
     connect, finish, healthy, holds, noise, offset_of, open_upload, patch, refused, verify,
@@ -17,47 +17,8 @@ use crate::{
 
 const MIB: usize = 1 << 20;
 
-/// A file system of its own in memory, of a few MiB. Mounting takes root.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn new(scratch: &Scratch, size: &str) -> Self {
-        let path = scratch.dir("disk");
-        Run::new("mount")
-            .args(["-t", "tmpfs", "-o"])
-            .arg(format!("size={size}"))
-            .arg("longshore-test")
-            .arg(&path)
-            .ok();
-        Self(path)
-    }
-
-    fn data(&self) -> PathBuf {
-        self.0.join("data")
-    }
-
-    /// Takes all space but `left` bytes.
-    fn fill(&self, left: u64) {
-        let stat = rustix::fs::statvfs(&self.0).unwrap();
-        let free = stat.f_bavail * stat.f_frsize;
-        let taken = usize::try_from(free.saturating_sub(left)).unwrap();
-        std::fs::write(self.0.join("ballast"), vec![1; taken]).unwrap();
-    }
-
-    /// Gives it back.
-    fn free(&self) {
-        std::fs::remove_file(self.0.join("ballast")).unwrap();
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        Run::new("umount").arg("--lazy").arg(&self.0).run();
-    }
-}
-
 /// An artifact that must stay readable whatever happens.
-fn keepsake(server: &Server) -> impl Fn(&Server) + use<> {
+pub(crate) fn keepsake(server: &Server) -> impl Fn(&Server) + use<> {
     let layer = noise(5, 300_000);
     let layer_digest = digest(&layer);
     let manifest = image::push_artifact(
@@ -266,8 +227,8 @@ fn a_server_on_a_full_disk_ends_cleanly_and_starts_again() {
             .then_some(())
     });
     // Whatever the reserve gave is taken, too.
-    let ballast = disk.0.join("more");
-    let stat = rustix::fs::statvfs(&disk.0).unwrap();
+    let ballast = disk.path().join("more");
+    let stat = rustix::fs::statvfs(disk.path()).unwrap();
     let free = usize::try_from(stat.f_bavail * stat.f_frsize).unwrap();
     drop(std::fs::write(&ballast, vec![1; free]));
     let status = server.stop();
@@ -281,11 +242,16 @@ fn a_server_on_a_full_disk_ends_cleanly_and_starts_again() {
 }
 
 /// A tracer that makes system calls of a server fail.
-struct Tracer(Child);
+pub(crate) struct Tracer(Child);
 
 impl Tracer {
     /// Attaches to a thread (`thread` begins its name) or, with `None`, to the whole process.
-    fn attach(server: &Server, thread: Option<&str>, rule: &str, only: Option<&Path>) -> Self {
+    pub(crate) fn attach(
+        server: &Server,
+        thread: Option<&str>,
+        rule: &str,
+        only: &[&Path],
+    ) -> Self {
         let id = thread.map_or_else(|| server.pid(), |name| thread_of(server.pid(), name));
         let log = server.scratch().join("strace.log");
         let call = rule.split(':').next().unwrap_or(rule);
@@ -296,7 +262,7 @@ impl Tracer {
             .arg(call)
             .arg("--inject")
             .arg(rule);
-        if let Some(path) = only {
+        for path in only {
             run = run.arg("--trace-path").arg(path);
         }
         if thread.is_none() {
@@ -356,7 +322,7 @@ fn an_upload_whose_sync_fails_is_gone_and_never_acknowledged() {
     for end in ["patch", "put", "post"] {
         let upload = open_upload(&server, "sync/app");
         // The later ones would succeed, and must not be asked: the kernel forgets what failed.
-        let tracer = Tracer::attach(&server, None, "fdatasync:error=EIO:when=1", None);
+        let tracer = Tracer::attach(&server, None, "fdatasync:error=EIO:when=1", &[]);
         let answer = match end {
             "patch" => patch(&server, &upload, 0, &whole),
             "put" => finish(&server, &upload, &wanted, &whole),
@@ -429,7 +395,7 @@ fn the_database_fails(rule: &str, file: &str) {
     let mut server = Server::start();
     let kept = keepsake(&server);
     let path = server.data().join(file);
-    let tracer = Tracer::attach(&server, Some("store-writer"), rule, Some(&path));
+    let tracer = Tracer::attach(&server, Some("store-writer"), rule, &[&path]);
     let acknowledged = push_until_it_ends(&server, "fail/app", 12_000);
     let status = server.wait();
     drop(tracer);
@@ -486,7 +452,7 @@ fn a_failed_write_in_the_middle_of_a_transaction_ends_the_server() {
         &server,
         Some("store-writer"),
         "pwrite64:error=EIO:when=60",
-        None,
+        &[],
     );
     let answer = server.request(
         "PUT",

@@ -17,6 +17,8 @@ mod mode;
 #[cfg(test)]
 mod race;
 #[cfg(test)]
+mod read_only_disk;
+#[cfg(test)]
 mod refusal;
 
 use std::path::Path;

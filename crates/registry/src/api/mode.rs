@@ -58,6 +58,7 @@ fn document(mode: &store::Mode) -> Value {
             "at": time(store::Timestamp(commanded.at)),
         })),
         "diskFull": mode.full.is_some(),
+        "diskReadOnly": mode.disk_read_only,
         "databaseInRecovery": mode.recovery,
     })
 }
@@ -67,7 +68,7 @@ pub(super) fn paths() -> Value {
     let answer = json!({
         "200": { "description": "The mode", "content": { "application/json": { "schema": {
             "type": "object",
-            "required": ["mode", "reason", "commanded", "diskFull", "databaseInRecovery"],
+            "required": ["mode", "reason", "commanded", "diskFull", "diskReadOnly", "databaseInRecovery"],
             "properties": {
                 "mode": { "enum": ["normal", "read-only"] },
                 "reason": { "type": ["string", "null"], "description": "What refused writers are told" },
@@ -77,6 +78,7 @@ pub(super) fn paths() -> Value {
                     "at": { "type": "string", "format": "date-time" }
                 } },
                 "diskFull": { "type": "boolean", "description": "On the replica that answers" },
+                "diskReadOnly": { "type": "boolean", "description": "On the replica that answers" },
                 "databaseInRecovery": { "type": "boolean" }
             }
         } } } },

@@ -29,32 +29,17 @@ pub(crate) async fn list(
     let after = query
         .number("after")?
         .map(|n| i64::try_from(n).unwrap_or(i64::MAX));
-    let mut more = false;
-    let mut manifests: Vec<Descriptor> = Vec::new();
-    let mut cursor = after;
-    let mut bytes = 0;
-    // Annotations can be as long as a manifest, so that few are fetched at once.
-    'page: loop {
-        let found = call
-            .context
-            .store
-            .referrers(name, subject, artifact_type, cursor, PIECE)
-            .await?;
-        let last = found.len() < PIECE;
-        for referrer in found {
-            // The page stays below what clients read of an index.
-            bytes += weight(&referrer.descriptor);
-            if manifests.len() == limit || (bytes > PAGE_BYTES && !manifests.is_empty()) {
-                more = true;
-                break 'page;
-            }
-            cursor = Some(referrer.cursor);
-            manifests.push(referrer.descriptor);
-        }
-        if last {
-            break;
-        }
-    }
+    // The page stays below what clients read of an index.
+    let (found, more) = call
+        .context
+        .store
+        .referrers_page(name, subject, artifact_type, after, limit, PAGE_BYTES)
+        .await?;
+    let cursor = found.last().map(|referrer| referrer.cursor);
+    let manifests: Vec<Descriptor> = found
+        .into_iter()
+        .map(|referrer| referrer.descriptor)
+        .collect();
     let mut response = json_response(
         StatusCode::OK,
         &json!({ "schemaVersion": 2, "mediaType": media_type::OCI_INDEX, "manifests": manifests }),
@@ -79,18 +64,6 @@ pub(crate) async fn list(
     Ok(response)
 }
 
-/// About how many bytes a descriptor takes in the answer.
-fn weight(descriptor: &Descriptor) -> usize {
-    let annotations: usize = descriptor
-        .annotations
-        .iter()
-        .map(|(k, v)| k.len() + v.len() + 8)
-        .sum();
-    annotations + descriptor.data.as_deref().map_or(0, str::len) + 400
-}
-
 const PAGE: usize = 500;
-/// Referrers that are fetched at once.
-const PIECE: usize = 16;
 const PAGE_BYTES: usize = 3 * 1024 * 1024;
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");

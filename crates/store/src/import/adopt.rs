@@ -228,16 +228,16 @@ impl Sink for StoreSink {
     ) -> Result<bool, Failure> {
         let mut after = None;
         loop {
-            let page = self
+            let (page, more) = self
                 .store
-                .referrers(repository, subject, None, after, PAGE)
+                .referrers_page(repository, subject, None, after, PAGE, PAGE_BYTES)
                 .await
                 .map_err(fatal)?;
             if page.iter().any(|row| row.descriptor.digest == *referrer) {
                 return Ok(true);
             }
             match page.last() {
-                Some(last) if page.len() == PAGE => after = Some(last.cursor),
+                Some(last) if more => after = Some(last.cursor),
                 _ => return Ok(false),
             }
         }
@@ -399,18 +399,16 @@ impl Source for StoreSource {
         let mut found = Vec::new();
         let mut after = None;
         loop {
-            let page = self
+            let (page, more) = self
                 .0
-                .referrers(repository, subject, None, after, PAGE)
+                .referrers_page(repository, subject, None, after, PAGE, PAGE_BYTES)
                 .await
                 .map_err(fatal)?;
-            let last = page.last().map(|row| row.cursor);
-            let whole = page.len() == PAGE;
+            after = page.last().map(|row| row.cursor);
             found.extend(page.into_iter().map(|row| row.descriptor.digest));
-            if !whole {
+            if !more || after.is_none() {
                 return Ok(found);
             }
-            after = last;
         }
     }
 
@@ -588,3 +586,5 @@ fn content_failure(error: Error) -> Failure {
 
 /// Rows of a page.
 const PAGE: usize = 1000;
+/// Bytes of referrers that are read at once.
+const PAGE_BYTES: usize = 4 << 20;

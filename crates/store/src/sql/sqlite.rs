@@ -4,7 +4,7 @@
 //! for all. Answers leave after COMMIT. When a batch is rolled back, its members run again alone, so one
 //! that cannot succeed fails by itself and none is acknowledged before it is durable. A failed write or
 //! fsync of the database is never retried: the writer stops, and everything after it is
-//! [`Error::Stopped`].
+//! [`Error::Stopped`]. The one exception is a file system that turned read-only ([`suspend`]).
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,6 +25,8 @@ use super::{Body, Connection, Context, Row, Statement, Tx, Value, WriteKind, run
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::mode;
+
+mod suspend;
 
 pub(crate) struct Sqlite {
     jobs: Mutex<Option<mpsc::Sender<Message>>>,
@@ -63,6 +65,7 @@ impl Sqlite {
             wal,
             checkpoint_at: CHECKPOINT_BYTES,
             kept: None,
+            suspended: false,
             stop,
         };
         let thread = std::thread::Builder::new()
@@ -312,6 +315,8 @@ struct Writer {
     checkpoint_at: u64,
     /// A backup folds the log itself, and is told here when the writer had to do it.
     kept: Option<Arc<AtomicBool>>,
+    /// A write failed because the file system takes none.
+    suspended: bool,
     stop: watch::Sender<bool>,
 }
 
@@ -346,7 +351,7 @@ impl Writer {
                 work(&mut Pause(&mut self));
             }
             if let Some(reply) = close {
-                let _ = reply.send(self.checkpoint());
+                let _ = reply.send(self.fold_at_end());
                 return;
             }
             if self.checkpoint_when_long().is_err() {
@@ -362,6 +367,10 @@ impl Writer {
 
     /// Commits these transactions together. `Err` means that the writer must stop.
     fn group(&mut self, mut batch: Vec<Box<dyn Job>>) -> Result<(), ()> {
+        if self.suspended && !self.resume()? {
+            suspend::refuse_all(batch);
+            return Ok(());
+        }
         let mut outcome = self.attempt(&mut batch);
         if let (Err(Error::Full), [job]) = (&outcome, batch.as_slice()) {
             let made_room = self.tx.context.gate.met_full_disk();
@@ -377,6 +386,11 @@ impl Writer {
                 for job in &mut batch {
                     job.finish(None);
                 }
+                Ok(())
+            }
+            Err(Error::Stopped) if self.met_read_only_disk() => {
+                self.suspended = true;
+                suspend::refuse_all(batch);
                 Ok(())
             }
             Err(Error::Stopped) => {
@@ -478,6 +492,9 @@ impl Writer {
     }
 
     fn checkpoint_when_long(&mut self) -> Result<(), ()> {
+        if self.suspended {
+            return Ok(());
+        }
         let length = std::fs::metadata(&self.wal).map_or(0, |file| file.len());
         if length < self.checkpoint_at {
             self.checkpoint_at = self.checkpoint_at.min(length + CHECKPOINT_BYTES);
@@ -494,6 +511,10 @@ impl Writer {
         let left = std::fs::metadata(&self.wal).map_or(0, |file| file.len());
         self.checkpoint_at = left + CHECKPOINT_BYTES;
         match result {
+            Err(Error::Stopped) if self.met_read_only_disk() => {
+                self.suspended = true;
+                Ok(())
+            }
             Err(Error::Stopped) => Err(()),
             Err(error) => {
                 tracing::warn!(%error, "the write-ahead log could not be folded into the database");

@@ -108,12 +108,9 @@ impl UploadWriter {
         self.note(ended)
     }
 
-    /// A write that met a full disk may begin the read-only mode.
+    /// A write that met a full disk, or one that takes no writes, may begin the read-only mode.
     fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(Error::Full) = result {
-            self.inner.gate.measure_now();
-        }
-        result
+        result.map_err(|failure| self.inner.gate.note_failure(failure))
     }
 
     fn lost(&self) -> Error {

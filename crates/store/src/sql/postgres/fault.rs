@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{Severity, SqlState};
 
 use super::settings::chain;
 use crate::error::Error;
@@ -57,7 +57,10 @@ impl Failure {
             return if broke { Fault::Lost } else { Fault::Other };
         };
         let code = database.code();
-        if CONFLICTS.contains(code) {
+        if database.parsed_severity() == Some(Severity::Panic) {
+            // Every session of the server ends, whatever the code says.
+            Fault::Lost
+        } else if CONFLICTS.contains(code) {
             Fault::Conflict
         } else if STALE.contains(code) {
             Fault::Stale
@@ -68,6 +71,21 @@ impl Failure {
         } else {
             Fault::Other
         }
+    }
+
+    /// Whether nobody can say what became of a COMMIT that was answered so: the session ended with it, as where the
+    /// server could not write or sync its log.
+    pub(super) fn ends_session(&self) -> bool {
+        let ended = match self {
+            Self::Driver(error) => error.as_db_error().is_some_and(|database| {
+                matches!(
+                    database.parsed_severity(),
+                    Some(Severity::Fatal | Severity::Panic)
+                )
+            }),
+            Self::NoAnswer(_) | Self::Refused(_) => false,
+        };
+        ended || self.fault() == Fault::Lost
     }
 
     /// As an error of the store; `statement` is the name of what ran.

@@ -137,7 +137,7 @@ impl Session {
             (Ok(_), Ok(())) => return End::Committed,
             (Err(error), _) | (Ok(_), Err(error)) => Failure::from(error),
         };
-        if failure.fault() == Fault::Lost {
+        if failure.ends_session() {
             End::Unknown
         } else {
             End::RolledBack(failure)

@@ -207,6 +207,29 @@ pub(super) async fn referrers_are_listed(store: &Store) {
             .collect::<Vec<_>>()
     );
 
+    // Pages end by bytes too: one at least, and never more than fit.
+    let lengths: Vec<_> = all
+        .iter()
+        .map(|referrer| serde_json::to_string(&referrer.descriptor).unwrap().len())
+        .collect();
+    for (bytes, wanted) in [
+        (1, 1),
+        (lengths[0] + lengths[1] - 1, 1),
+        (lengths[0] + lengths[1], 2),
+        (lengths.iter().sum(), all.len()),
+    ] {
+        let (page, more) = store
+            .referrers_page(&repository, &subject.digest, None, None, 100, bytes)
+            .await
+            .unwrap();
+        assert_eq!((page.len(), more), (wanted, wanted < all.len()), "{bytes}");
+    }
+    let (page, more) = store
+        .referrers_page(&repository, &subject.digest, None, None, all.len(), 1 << 20)
+        .await
+        .unwrap();
+    assert_eq!((page.len(), more), (all.len(), false));
+
     let digest = described(&made[1]).digest;
     store
         .delete_manifest(&repository, &digest, &actor())
