@@ -99,9 +99,9 @@ pub enum Error {
     /// The disk is full. Nothing acknowledged is lost.
     #[error("the disk is full, free some space and try again")]
     Full,
-    /// The data directory is used by another process.
+    /// The data directory, or the directory of a backup, is used by another process.
     #[error(
-        "data directory `{0}` is in use by another process, stop it or choose another directory"
+        "directory `{0}` is in use by another process, stop it or choose another directory"
     )]
     InUse(PathBuf),
     /// The data directory is of a newer version.

@@ -113,14 +113,11 @@ impl Part {
 /// Of a part whose end is torn off, the whole lines count: manifests and blobs prove themselves, and a tag that was
 /// written was true. A part that has its end and not the hash in it was changed within, so nothing of it counts.
 pub(crate) fn salvage(bytes: &[u8]) -> (Vec<Record>, Option<String>) {
-    let problem = match end(bytes) {
-        Err(problem) => problem,
-        Ok(_) => {
-            return match read(bytes) {
-                Ok(records) => (records, None),
-                Err(problem) => (Vec::new(), Some(problem)),
-            };
-        }
+    let Err(problem) = end(bytes) else {
+        return match read(bytes) {
+            Ok(records) => (records, None),
+            Err(problem) => (Vec::new(), Some(problem)),
+        };
     };
     let mut records = Vec::new();
     for line in bytes.split(|byte| *byte == b'\n') {
@@ -219,7 +216,7 @@ mod tests {
             let (found, problem) = salvage(&bytes[..at]);
             assert!(problem.is_some(), "{at}");
             assert!(records.starts_with(&found), "{at}");
-            let whole = bytes[..at].iter().filter(|byte| **byte == b'\n').count();
+            let whole = bytes[..at].split(|byte| *byte == b'\n').count() - 1;
             assert!(found.len() >= whole, "{at}");
         }
         assert_eq!(salvage(&bytes), (records.clone(), None));
