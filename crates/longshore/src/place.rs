@@ -60,9 +60,13 @@ async fn open(location: &Location, options: Options, command: &str) -> anyhow::R
         Ok(store) => Ok(store),
         Err(error @ store::Error::InUse(_)) => Err(Refused::new(Exit::FAILED, error)
             .hint(format!(
-                "stop the server for the time of the {command}, or go over the wire: \
-                 `longshore copy FROM TO` for an artifact, `longshore import --from registry:HOST` \
-                 into another data directory"
+                "stop the server for the time of the {command}, or go over the wire: {}",
+                if command == "export" {
+                    "`longshore export --from HOST --to DIR`"
+                } else {
+                    "`longshore copy FROM TO` for an artifact, `longshore import --from registry:HOST` \
+                     into another data directory"
+                }
             ))
             .into()),
         Err(error) => Err(error).context("cannot open the store"),

@@ -100,9 +100,7 @@ pub enum Error {
     #[error("the disk is full, free some space and try again")]
     Full,
     /// The data directory, or the directory of a backup, is used by another process.
-    #[error(
-        "directory `{0}` is in use by another process, stop it or choose another directory"
-    )]
+    #[error("directory `{0}` is in use by another process, stop it or choose another directory")]
     InUse(PathBuf),
     /// The data directory is of a newer version.
     #[error(

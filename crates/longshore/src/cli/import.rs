@@ -134,7 +134,12 @@ impl Import {
                 self.bring(&source, placement, plans, global).await
             }
             From::Registry(name) => {
-                let source = Live::new(global.client()?, name, usize::from(self.parallel), self.rate)?;
+                let source = Live::new(
+                    global.client()?,
+                    name,
+                    usize::from(self.parallel),
+                    self.rate,
+                )?;
                 self.bring(&source, placement, plans, global).await
             }
         }

@@ -44,7 +44,7 @@ impl Serve {
     }
 }
 
-/// Check every row of a store against every object and every digest.
+/// Check every row of a store, in a data directory or of a configuration, against every object and every digest.
 ///
 /// Changes nothing. Works on a stopped data directory and beside running servers. With a configuration it checks the
 /// store that this names, also in PostgreSQL and S3.
