@@ -182,7 +182,7 @@ enum Command {
     Rm(artifact::Rm),
     /// Explain why something is kept, and until when.
     Explain(explain::Explain),
-    /// Look at the garbage collector.
+    /// Look at the garbage collector, or have it collect at once.
     Gc(gc::Gc),
     /// Keep manifests from deletion.
     #[command(subcommand)]
@@ -213,11 +213,11 @@ enum Command {
     Export(export::Export),
     /// Carry a whole store to another place: a data directory to PostgreSQL and an object store, or back.
     Migrate(migrate::Migrate),
-    /// Check every row of a data directory against every object and digest.
+    /// Check every row of a store, in a data directory or of a configuration, against every object and digest.
     VerifyStore(server::VerifyStore),
     /// Make one full backup of a data directory, also beside its running server, or look at backups.
     Backup(backup::Backup),
-    /// Restore a data directory from a backup.
+    /// Restore a data directory from a backup, or take over a restored PostgreSQL database.
     Restore(backup::Restore),
     /// Make a new database from objects and exports, when the old one is lost.
     Reindex(backup::Reindex),

@@ -1,8 +1,13 @@
 //! The one place of the program that reads the time of day and draws random bytes.
 
+/// The time of day.
+pub(crate) fn now() -> jiff::Timestamp {
+    jiff::Timestamp::now()
+}
+
 /// The time as RFC 3339 in whole seconds, for documents.
 pub(crate) fn now_rfc3339() -> String {
-    jiff::Timestamp::now()
+    now()
         .round(jiff::Unit::Second)
         .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
         .to_string()

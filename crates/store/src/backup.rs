@@ -87,7 +87,8 @@ impl Store {
     /// Starts the backup of this store into a directory. It goes on until the store is closed.
     ///
     /// # Errors
-    /// [`Error::InUse`] when another process writes there, [`Error::Newer`], [`Error::Damaged`], [`Error::Io`];
+    /// [`Error::Unusable`] when the directory and the data directory lie one inside the other; [`Error::InUse`] when
+    /// another process writes there, [`Error::Newer`], [`Error::Damaged`], [`Error::Io`];
     /// [`Error::Unavailable`] when the database is not SQLite.
     pub async fn start_backup(&self, options: BackupOptions) -> Result<(), Error> {
         if self.inner().db.embedded().is_none() {
@@ -97,7 +98,8 @@ impl Store {
                     .to_owned(),
             });
         }
-        files(self.inner())?;
+        let objects = files(self.inner())?.root();
+        crate::directory::require_apart(&options.directory, objects.parent().unwrap_or(objects))?;
         let inner = Arc::clone(self.inner());
         blocking(move || {
             let worker = Worker::start(&inner, options)?;
@@ -170,7 +172,7 @@ pub struct BackupList {
 pub struct BackupLine {
     /// The first point.
     pub from: Timestamp,
-    /// The last point.
+    /// The newest moment that can be restored.
     pub to: Timestamp,
     /// How many points.
     pub points: u64,
@@ -190,18 +192,18 @@ pub fn list_backups(directory: &Path) -> Result<BackupList, Error> {
     let layout = Layout::open(directory)?;
     let (lines, problems) = layout.lines()?;
     let mut list = BackupList {
-        problems,
+        problems: problems.into_iter().map(|lost| lost.problem).collect(),
         ..BackupList::default()
     };
     for line in lines {
-        let (segments, problem) = line.segments()?;
-        list.problems.extend(problem);
-        let bytes = line.size(&segments);
+        let log = line.log()?;
+        list.problems.extend(log.problem);
+        let bytes = line.size(&log.segments);
         list.database_bytes += bytes;
         list.lines.push(BackupLine {
             from: line.at(),
-            to: restore::end(&line, &segments),
-            points: segments.len() as u64 + 1,
+            to: log.end,
+            points: log.segments.len() as u64 + 1,
             bytes,
             objects: line.head.objects,
             object_bytes: line.head.object_bytes,

@@ -21,6 +21,33 @@ impl Timestamp {
     }
 }
 
+/// In RFC 3339, such as `2026-01-31T12:34:00.000000Z`.
+impl std::fmt::Display for Timestamp {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (days, rest) = (
+            self.0.div_euclid(86_400_000_000),
+            self.0.rem_euclid(86_400_000_000),
+        );
+        // The proleptic Gregorian calendar in eras of 400 years that begin in March, so that a leap day is the last.
+        let shifted = days + 719_468;
+        let (era, day) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+        let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+        let day = day - (365 * year + year / 4 - year / 100);
+        let march = (5 * day + 2) / 153;
+        let month = if march < 10 { march + 3 } else { march - 9 };
+        let year = year + era * 400 + i64::from(month <= 2);
+        let day = day - (153 * march + 2) / 5 + 1;
+        let (seconds, micros) = (rest / 1_000_000, rest % 1_000_000);
+        write!(
+            formatter,
+            "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{micros:06}Z",
+            seconds / 3600,
+            seconds / 60 % 60,
+            seconds % 60
+        )
+    }
+}
+
 /// The one place of this crate that reads the time. Tests move it forward.
 #[derive(Debug, Default)]
 pub(crate) struct Clock {

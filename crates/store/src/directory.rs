@@ -55,10 +55,7 @@ impl Directory {
     /// Takes the lock of a directory that is whole.
     pub(crate) fn open_existing(root: &Path) -> Result<Self, Error> {
         if read_format(root)?.is_none() {
-            return Err(Error::unusable(
-                root,
-                "it holds no `format` file, so it is not a data directory",
-            ));
+            return Err(Error::unusable(root, no_format(root)));
         }
         Self::open(root)
     }
@@ -124,10 +121,7 @@ impl Directory {
     /// Opens an existing directory to look at it. The lock is `None` when a running server has it.
     pub(crate) fn look(root: &Path) -> Result<Option<File>, Error> {
         if read_format(root)?.is_none() {
-            return Err(Error::damaged(
-                root,
-                "it holds no `format` file, so it is not a data directory",
-            ));
+            return Err(Error::damaged(root, no_format(root)));
         }
         match take_lock(root) {
             Ok(lock) => Ok(Some(lock)),
@@ -193,9 +187,63 @@ pub(crate) fn is_read_only(directory: &Path) -> bool {
     }
 }
 
+/// The path of the lock.
+pub(crate) fn lock_file(root: &Path) -> PathBuf {
+    root.join(LOCK)
+}
+
 /// The path of the objects.
 pub(crate) fn objects(root: &Path) -> PathBuf {
     root.join(OBJECTS)
+}
+
+/// Refuses two directories that are one, or lie one inside the other: each of them is for one thing alone.
+///
+/// # Errors
+/// [`Error::Unusable`], which names both; [`Error::Io`].
+pub fn require_apart(directory: &Path, other: &Path) -> Result<(), Error> {
+    let (one, two) = (resolve(directory)?, resolve(other)?);
+    if one.starts_with(&two) || two.starts_with(&one) {
+        return Err(Error::unusable(
+            directory,
+            format!(
+                "it and `{}` are one directory or lie one inside the other, choose another one",
+                other.display()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The path without links, of which only the first components need to be there.
+fn resolve(path: &Path) -> Result<PathBuf, Error> {
+    let path = std::path::absolute(path).map_err(|error| Error::io("find", path, error))?;
+    for above in path.ancestors() {
+        match above.canonicalize() {
+            Ok(found) => {
+                let rest = path.strip_prefix(above).unwrap_or(Path::new(""));
+                return Ok(if rest.as_os_str().is_empty() {
+                    found
+                } else {
+                    found.join(rest)
+                });
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("find", above, error)),
+        }
+    }
+    Ok(path)
+}
+
+/// What a directory without its format is told.
+fn no_format(root: &Path) -> String {
+    let below = root.join(UP);
+    let mut text = "it holds no `format` file, so it is not a data directory".to_owned();
+    if below.join(FORMAT_FILE).is_file() {
+        use std::fmt::Write as _;
+        let _ = write!(text, "; `{}` is one", below.display());
+    }
+    text
 }
 
 fn make_directory(root: &Path) -> Result<(), Error> {
@@ -274,7 +322,7 @@ fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
     Ok(())
 }
 
-fn take_lock(root: &Path) -> Result<File, Error> {
+pub(crate) fn take_lock(root: &Path) -> Result<File, Error> {
     lock(root, File::try_lock)
 }
 
@@ -308,4 +356,6 @@ const PROBE: &str = "probe";
 const CARRIED: &str = ".carried";
 const LOCK: &str = "lock";
 const DATABASE: &str = "meta.db";
+/// Where `longshore up` keeps the store below the directory that it is given.
+const UP: &str = "registry";
 const OBJECTS: &str = "o";

@@ -102,10 +102,8 @@ pub enum Error {
     /// The file system takes no writes. Nothing acknowledged is lost, and reads go on.
     #[error("`{0}` is on a file system that is read-only, mount it writable and try again")]
     DiskReadOnly(PathBuf),
-    /// The data directory is used by another process.
-    #[error(
-        "data directory `{0}` is in use by another process, stop it or choose another directory"
-    )]
+    /// The data directory, or the directory of a backup, is used by another process.
+    #[error("directory `{0}` is in use by another process, stop it or choose another directory")]
     InUse(PathBuf),
     /// The data directory is of a newer version.
     #[error(

@@ -61,6 +61,7 @@ pub use collect::{
     CollectionStatus, CollectionTotals, DryRun, DryRunItem, GcOptions, Kept, Kind, OutboxLength,
     QueueLag, QueueLength, Reason, Window, WindowError,
 };
+pub use directory::require_apart;
 pub use error::Error;
 pub use location::{
     DatabaseLocation, Location, ObjectLocation, S3Credentials, S3Location, is_postgres,

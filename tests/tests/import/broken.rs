@@ -198,9 +198,21 @@ fn what_is_no_source_is_refused_and_leaves_nothing() {
     )
     .fails()
     .says("no storage directory of distribution");
+    for shape in ["zot", "layout"] {
+        let from = format!("{shape}:{}", empty.display());
+        import(&scratch, &from, &data, &[])
+            .fails()
+            .says("holds no repository to bring")
+            .says("oci-layout");
+    }
+    for wrong in ["--parallel=0", "--rate=0"] {
+        let from = format!("layout:{}", empty.display());
+        let run = import(&scratch, &from, &data, &[wrong]).fails();
+        assert_eq!(run.code, Some(64), "{run}");
+    }
     import(&scratch, "zot:/does/not/exist", &data, &[]).fails();
     let run = import(&scratch, "ftp:somewhere", &data, &[]).fails();
     assert_eq!(run.code, Some(64), "{run}");
     import(&scratch, "registry:127.0.0.1:1", &data, &[]).fails();
-    assert!(!data.join("meta.db").exists() || data.join("format").exists());
+    assert!(!data.exists());
 }

@@ -119,8 +119,8 @@ fn list(directory: &std::path::Path, global: &Global) -> anyhow::Result<Exit> {
                 "TO",
                 "POINTS",
                 "DATABASE",
-                "OBJECTS",
-                "OBJECT BYTES",
+                "OBJECTS AT FROM",
+                "BYTES AT FROM",
             ],
             &rows,
         );
@@ -170,7 +170,7 @@ pub(crate) struct Restore {
     /// The moment, such as `2026-01-31T12:34:00Z`; the newest point that is not after it is restored [default: the newest].
     #[arg(long, value_name = "TIME", conflicts_with = "adopt")]
     at: Option<jiff::Timestamp>,
-    /// Restore nothing: mark the database of `--config` as one that was restored. No replica may run.
+    /// Restore nothing: mark the PostgreSQL database of `--config` as one that was restored. No replica may run.
     #[arg(long)]
     adopt: bool,
     /// The configuration file of the registry, for `--adopt`.

@@ -38,10 +38,10 @@ pub(crate) struct Export {
     #[arg(long)]
     dry_run: bool,
     /// How many blobs or manifests move at one time.
-    #[arg(long, value_name = "COUNT", default_value_t = 4)]
-    parallel: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = super::import::parallel())]
+    parallel: u16,
     /// Send a registry no more than this many requests a second.
-    #[arg(long, value_name = "REQUESTS", requires = "from")]
+    #[arg(long, value_name = "REQUESTS", requires = "from", value_parser = clap::value_parser!(u32).range(1..))]
     rate: Option<u32>,
 }
 
@@ -49,13 +49,25 @@ impl Export {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
         let plans = Plans {
             dry_run: self.dry_run,
-            ..plans(&self.repository, self.parallel, global)?
+            ..plans(&self.repository, usize::from(self.parallel), global)?
         };
         let report = if let Some(from) = &self.from {
-            let source = Live::new(global.client()?, from, self.parallel, self.rate)?;
+            let source = Live::new(
+                global.client()?,
+                from,
+                usize::from(self.parallel),
+                self.rate,
+            )?;
             let sink = Directories::new(&self.to);
             Box::pin(import::run(&source, &sink, &plans)).await?
         } else {
+            let (location, _) = self.place.location()?;
+            if let store::ObjectLocation::Directory(data) = &location.objects {
+                store::require_apart(&self.to, data)?;
+            }
+            if let store::DatabaseLocation::Sqlite(data) = &location.database {
+                store::require_apart(&self.to, data)?;
+            }
             let store = self.place.open("export").await?;
             let sink = Directories::new(&self.to);
             let source = StoreSource::new(&store);

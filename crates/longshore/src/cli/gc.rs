@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{Global, operated};
 use crate::output::{self, Exit};
 
-/// Look at the garbage collector of a registry, which runs by itself.
+/// Look at the garbage collector of a registry, which runs by itself, or have it collect at once.
 ///
 /// Without a command it shows the state. Nothing needs to be run by hand: what no tag, pin, index, subject or lease keeps
 /// any more goes by itself.

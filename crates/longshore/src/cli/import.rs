@@ -58,11 +58,16 @@ pub(crate) struct Import {
     #[arg(long)]
     copy: bool,
     /// How many blobs or manifests move at one time.
-    #[arg(long, value_name = "COUNT", default_value_t = 4)]
-    parallel: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = parallel())]
+    parallel: u16,
     /// Send the source no more than this many requests a second.
-    #[arg(long, value_name = "REQUESTS")]
+    #[arg(long, value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..))]
     rate: Option<u32>,
+}
+
+/// What `--parallel` of a command takes.
+pub(crate) fn parallel() -> clap::builder::RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(1..=256)
 }
 
 /// A source as it was named.
@@ -91,6 +96,17 @@ impl FromStr for From {
     }
 }
 
+impl std::fmt::Display for From {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Distribution(path) => write!(formatter, "distribution:{}", path.display()),
+            Self::Zot(path) => write!(formatter, "zot:{}", path.display()),
+            Self::Layout(path) => write!(formatter, "layout:{}", path.display()),
+            Self::Registry(host) => write!(formatter, "registry:{host}"),
+        }
+    }
+}
+
 impl Import {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
         let placement = match (self.link, self.copy) {
@@ -106,7 +122,7 @@ impl Import {
                 .transpose()?,
             untagged: self.untagged,
             dry_run: self.dry_run,
-            ..plans(&self.repository, self.parallel, global)?
+            ..plans(&self.repository, usize::from(self.parallel), global)?
         };
         // A source that is not there must not leave a data directory behind.
         match &self.from {
@@ -123,7 +139,12 @@ impl Import {
                 self.bring(&source, placement, plans, global).await
             }
             From::Registry(name) => {
-                let source = Live::new(global.client()?, name, self.parallel, self.rate)?;
+                let source = Live::new(
+                    global.client()?,
+                    name,
+                    usize::from(self.parallel),
+                    self.rate,
+                )?;
                 self.bring(&source, placement, plans, global).await
             }
         }
@@ -136,6 +157,24 @@ impl Import {
         plans: Plans,
         global: &Global,
     ) -> anyhow::Result<Exit> {
+        // A source with nothing to bring is a wrong path or a wrong pattern, and must not leave a data directory behind.
+        let found = source.repositories().await?;
+        if found.problems.is_empty() && !found.names.iter().any(|name| (plans.filter)(name)) {
+            let refused = Refused::new(
+                Exit::FAILED,
+                format!("`{}` holds no repository to bring", self.from),
+            );
+            return Err(match (&self.from, found.names.len()) {
+                (From::Zot(_) | From::Layout(_), 0) => {
+                    refused.hint("no directory below it has a file `oci-layout`")
+                }
+                (_, 0) => refused,
+                (_, others) => refused.hint(format!(
+                    "it has {others} whose names do not fit `--repository`"
+                )),
+            }
+            .into());
+        }
         if let Some(host) = &self.to {
             let sink = Target::new(target_client(host, global).await?, host);
             let report = Box::pin(import::run(source, &sink, &plans)).await?;
@@ -247,14 +286,15 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
                 moved.skipped
             ));
         }
-        for problem in &report.problems {
+        for problem in report.problems.iter().take(SHOWN) {
             let place = problem
                 .repository
                 .as_ref()
                 .map_or_else(String::new, |repository| format!("{repository}: "));
             output::line(format!("skipped: {place}{}", problem.message));
         }
-        for difference in &report.differences {
+        more(report.problems.len(), "skipped");
+        for difference in report.differences.iter().take(SHOWN) {
             let there = difference
                 .destination
                 .as_ref()
@@ -264,6 +304,7 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
                 difference.repository, difference.what
             ));
         }
+        more(report.differences.len(), "differs");
     }
     Ok(if report.is_complete() {
         Exit::OK
@@ -271,6 +312,18 @@ pub(crate) fn show(report: &Report, global: &Global) -> anyhow::Result<Exit> {
         Exit::FAILED
     })
 }
+
+fn more(count: usize, word: &str) {
+    if count > SHOWN {
+        output::line(format!(
+            "{word}: {} more, `--json` names all of them",
+            count - SHOWN
+        ));
+    }
+}
+
+/// How many problems of one kind are printed.
+const SHOWN: usize = 100;
 
 #[cfg(test)]
 mod tests {

@@ -41,8 +41,8 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "WHAT", default_value = "size")]
     verify: Look,
     /// How many objects move at one time.
-    #[arg(long, value_name = "COUNT", default_value_t = 4)]
-    parallel: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = 4, value_parser = super::import::parallel())]
+    parallel: u16,
     /// Let a store open again that was carried away, in place of the new one, or that a run which was killed began to
     /// carry away: a configuration file, or a data directory. What was written at the new place is not in it.
     #[arg(long, value_name = "FILE|DIR", conflicts_with_all = ["from", "to", "ahead", "dry_run", "accept_damaged"])]
@@ -81,7 +81,7 @@ impl Migrate {
                 Look::Size => Verify::Size,
                 Look::Full => Verify::Full,
             },
-            parallel: self.parallel,
+            parallel: usize::from(self.parallel),
         };
         let (source, _) = place::named(from)?;
         let (destination, _) = place::named(to)?;

@@ -9,12 +9,12 @@ use crate::output::{self, Exit};
 
 /// Show whether a registry takes writes, stop them, or let them go on.
 ///
-/// In the read-only mode pulls go on and the collector goes on deleting. Pushes, tag moves and deletions of users get 503
+/// In the read-only mode pulls go on and the collector goes on deleting. Pushes, tag moves, deletions, pins and quotas of users get 503
 /// with the reason. All replicas follow at once. A registry whose disk is full goes into this mode and out of it by itself.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Mode {
-    /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+    /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
     registry: Option<String>,
     #[command(subcommand)]
     command: Option<Command>,
@@ -24,7 +24,7 @@ pub(crate) struct Mode {
 enum Command {
     /// Stop the writes of users. Ends only by `longshore mode normal`.
     ReadOnly {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
         /// Told to everybody whose write is refused.
         #[arg(long, value_name = "TEXT", default_value = "")]
@@ -32,7 +32,7 @@ enum Command {
     },
     /// Let users write again.
     Normal {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
     },
 }

@@ -5,8 +5,8 @@ use client::longshore::api;
 use oci::Reference;
 use serde_json::{Value, json};
 
-use super::Global;
 use super::login::host;
+use super::{Global, operated};
 use crate::output::{self, Exit, Refused};
 
 /// Keep manifests from deletion, on a registry of this program.
@@ -18,8 +18,8 @@ pub(crate) enum Pin {
     Set(Set),
     /// List holders, or the pins of one.
     Ls {
-        /// `host[:port]` of the registry.
-        registry: String,
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
+        registry: Option<String>,
         /// The holder.
         holder: Option<String>,
     },
@@ -47,7 +47,7 @@ pub(crate) struct Set {
     reason: String,
     /// When the pins end by themselves, such as `2030-01-31T00:00:00Z`.
     #[arg(long, value_name = "TIME")]
-    expires: Option<String>,
+    expires: Option<jiff::Timestamp>,
 }
 
 impl Pin {
@@ -59,9 +59,13 @@ impl Pin {
                 registry,
                 holder: None,
             } => {
-                let items =
-                    super::storage::pages(&client, &host(&registry)?, "pins?limit=1000", None)
-                        .await?;
+                let items = super::storage::pages(
+                    &client,
+                    &operated(registry.as_deref())?,
+                    "pins?limit=1000",
+                    None,
+                )
+                .await?;
                 if global.json {
                     output::json(&items)?;
                 } else {
@@ -85,7 +89,7 @@ impl Pin {
                 holder: Some(holder),
             } => {
                 let path = format!("pins/{}", api::path_of(&holder));
-                let set = api::get(&client, &host(&registry)?, &path).await?;
+                let set = api::get(&client, &operated(registry.as_deref())?, &path).await?;
                 if global.json {
                     output::json(&set)?;
                 } else {
@@ -118,6 +122,13 @@ impl Pin {
 impl Set {
     async fn run(self, client: &client::Client, global: &Global) -> anyhow::Result<Exit> {
         let host = host(&self.registry)?;
+        if let Some(at) = self.expires.filter(|at| *at <= crate::clock::now()) {
+            return Err(Refused::new(
+                Exit::USAGE,
+                format!("`--expires {at}` is over, so the pins would hold nothing"),
+            )
+            .into());
+        }
         let mut pins = Vec::new();
         for what in &self.what {
             let reference: Reference = format!("{host}/{what}").parse()?;
@@ -134,7 +145,7 @@ impl Set {
                 "repository": reference.repository.as_str(),
                 "digest": digest,
                 "reason": self.reason,
-                "expires": self.expires,
+                "expires": self.expires.map(|at| at.to_string()),
             }));
         }
         let path = format!("pins/{}", api::path_of(&self.holder));

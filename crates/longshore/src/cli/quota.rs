@@ -5,9 +5,9 @@ use clap::Subcommand;
 use client::longshore::api;
 use serde_json::json;
 
-use super::Global;
 use super::login::host;
 use super::storage::{NAMESPACE_COLUMNS, namespace_rows, pages};
+use super::{Global, operated};
 use crate::config::parse_size;
 use crate::output::{self, Exit, Refused};
 
@@ -25,8 +25,8 @@ pub(crate) enum Quota {
     },
     /// List namespaces with their quotas and what they use.
     Ls {
-        /// `host[:port]` of the registry.
-        registry: String,
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
+        registry: Option<String>,
     },
 }
 
@@ -48,6 +48,13 @@ impl Quota {
                         )
                     })?),
                 };
+                if namespace.contains('/') {
+                    return Err(Refused::new(
+                        Exit::USAGE,
+                        format!("`{namespace}` is no namespace: name the first component alone"),
+                    )
+                    .into());
+                }
                 let path = format!("storage/namespaces/{}", api::path_of(&namespace));
                 let body = json!({ "quota": quota });
                 let usage = api::put(&client, &host(&registry)?, &path, &body)
@@ -61,7 +68,7 @@ impl Quota {
             }
             Self::Ls { registry } => {
                 let path = "storage/namespaces?limit=1000";
-                let items = pages(&client, &host(&registry)?, path, None).await?;
+                let items = pages(&client, &operated(registry.as_deref())?, path, None).await?;
                 if global.json {
                     output::json(&items)?;
                     return Ok(Exit::OK);

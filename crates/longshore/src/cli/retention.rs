@@ -14,7 +14,7 @@ use crate::output::{self, Exit, Refused};
 pub(crate) enum Retention {
     /// Show for every tag whether it would be kept, and by which rule. Removes nothing.
     Plan {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
         /// This repository alone.
         #[arg(long, value_name = "NAME")]
@@ -25,7 +25,7 @@ pub(crate) enum Retention {
     },
     /// Remove now what the policies do not keep.
     Run {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
         /// This repository alone.
         #[arg(long, value_name = "NAME")]
@@ -33,14 +33,14 @@ pub(crate) enum Retention {
     },
     /// List the policies and the last runs.
     Ls {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
     },
     /// Show what a run decided.
     Show {
         /// The number of the run.
         run: String,
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
         /// Show only what was removed.
         #[arg(long)]
@@ -50,7 +50,7 @@ pub(crate) enum Retention {
     Undo {
         /// The number of the run.
         run: String,
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
         /// Put back this tag alone; may be given more than once.
         #[arg(long, value_name = "REPOSITORY:TAG")]

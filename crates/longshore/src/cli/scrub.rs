@@ -12,12 +12,12 @@ use crate::output::{self, Exit};
 pub(crate) enum Scrub {
     /// Show how far the scrub is and what it found. Ends with 3 when something is damaged.
     Status {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
     },
     /// Read everything again, beginning now, at the configured rate.
     Run {
-        /// The registry: `host[:port]` [default: 127.0.0.1:5050].
+        /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
         registry: Option<String>,
     },
 }

@@ -4,17 +4,15 @@ use clap::{Args, ValueEnum};
 use client::longshore::api;
 use serde_json::{Value, json};
 
-use super::Global;
-use super::login::host;
 use super::pin::text;
+use super::{Global, operated};
 use crate::output::{self, Exit};
 
 /// Show what a registry stores, for namespaces or repositories.
 #[derive(Debug, Args)]
 pub(crate) struct Storage {
-    /// `host[:port]` of the registry.
-    #[arg(default_value = "127.0.0.1:5050")]
-    registry: String,
+    /// The registry: `host[:port]` [default: $LONGSHORE_REGISTRY, else 127.0.0.1:5050].
+    registry: Option<String>,
     /// List repositories, not namespaces.
     #[arg(long)]
     repositories: bool,
@@ -40,7 +38,7 @@ enum Sort {
 impl Storage {
     pub(crate) async fn run(self, global: &Global) -> anyhow::Result<Exit> {
         let client = global.client()?;
-        let host = host(&self.registry)?;
+        let host = operated(self.registry.as_deref())?;
         let sort = match self.sort {
             Sort::Size => "size",
             Sort::Name => "name",

@@ -39,6 +39,9 @@ impl Backup {
         if let Some(text) = &self.keep {
             options.keep = period("backup.keep", text)?;
         }
+        if options.keep < options.every {
+            anyhow::bail!("`backup.keep` must be at least as long as `backup.every`");
+        }
         options.link = self.link.unwrap_or_default();
         Ok(Some(options))
     }

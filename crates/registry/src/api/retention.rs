@@ -131,7 +131,7 @@ async fn find(call: &Call, id: &str) -> Result<store::RetentionRun, Refusal> {
     let unknown = || {
         Refusal::new(
             StatusCode::NOT_FOUND,
-            UNSUPPORTED,
+            "RUN_UNKNOWN",
             "no such retention run, it may be too old",
         )
     };

@@ -9,11 +9,12 @@
 //!   base.db                      the copy
 //!   line.json                    what the copy is; written last, then the directory gets its name
 //!   00000001.log                 segments of the log, each a restorable point
-//!   covered.json                 until when nothing was written after the last segment
+//!   covered.json                 the last segment, and until when nothing was written after it
 //! ```
 //!
 //! Every file is written beside its name, synced, renamed, and the directory is synced. So a file with its name is whole,
-//! unless the disk damaged it, and hashes tell that.
+//! unless the disk damaged it, and hashes tell that. `covered.json` is written after the segment that it names, so a line
+//! with fewer segments has lost some, and nothing is claimed of their time.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -131,14 +132,17 @@ impl Layout {
     }
 
     /// The lines, the oldest first, and what is wrong with those that cannot be read.
-    pub(crate) fn lines(&self) -> Result<(Vec<Line>, Vec<String>), Error> {
+    pub(crate) fn lines(&self) -> Result<(Vec<Line>, Vec<Unreadable>), Error> {
         let (mut lines, mut problems) = (Vec::new(), Vec::new());
         for name in self.names()? {
             if name.bytes().all(|byte| byte.is_ascii_digit()) {
-                match Line::open(&self.root.join(LINES).join(name)) {
+                match Line::open(&self.root.join(LINES).join(&name)) {
                     Ok(line) => lines.push(line),
                     Err(error @ Error::Newer { .. }) => return Err(error),
-                    Err(error) => problems.push(super::chain(&error)),
+                    Err(error) => problems.push(Unreadable {
+                        begun: Timestamp(name.parse().unwrap_or(i64::MAX)),
+                        problem: super::chain(&error),
+                    }),
                 }
             }
         }
@@ -202,6 +206,14 @@ impl Layout {
         std::fs::create_dir(&partial).map_err(|error| Error::io("create", &partial, error))?;
         Ok(Draft { partial, target })
     }
+}
+
+/// A line that cannot be used.
+#[derive(Clone, Debug)]
+pub(crate) struct Unreadable {
+    /// When it began, as its name says; no point of it is older.
+    pub(crate) begun: Timestamp,
+    pub(crate) problem: String,
 }
 
 /// A line that is being made.
@@ -297,8 +309,56 @@ impl Line {
             .ok_or_else(|| Error::damaged(&self.path.join(LINE), "it names no log"))
     }
 
-    /// The segments in order up to the first that is missing or unreadable; the second value says what is wrong there.
-    pub(crate) fn segments(&self) -> Result<(Vec<Segment>, Option<String>), Error> {
+    /// The log of the line, as far as it is whole.
+    pub(crate) fn log(&self) -> Result<Log, Error> {
+        // Read before the segments: while a server writes here, what it names is there already.
+        let covered = self.covered();
+        let (segments, mut problem) = self.segments()?;
+        let mut end = segments.last().map_or(self.at(), Segment::at);
+        match covered {
+            Ok(Some(covered)) => {
+                let there = segments.len() as u64;
+                let named = match covered.segment.checked_sub(1) {
+                    None => Some(&self.head.sha256),
+                    Some(before) => usize::try_from(before)
+                        .ok()
+                        .and_then(|before| segments.get(before))
+                        .map(|segment| &segment.head.sha256),
+                };
+                if named.is_some_and(|sha256| *sha256 != covered.sha256) {
+                    problem.get_or_insert_with(|| {
+                        format!(
+                            "segment {} is another than `{}` names",
+                            covered.segment,
+                            self.path.join(COVERED).display()
+                        )
+                    });
+                } else if covered.segment > there {
+                    problem.get_or_insert_with(|| {
+                        format!(
+                            "segments {} to {} are missing at the end of `{}`",
+                            there + 1,
+                            covered.segment,
+                            self.path.display()
+                        )
+                    });
+                } else if covered.segment == there && problem.is_none() {
+                    end = end.max(Timestamp(covered.until));
+                }
+            }
+            Ok(None) => {}
+            Err(error) => {
+                problem.get_or_insert_with(|| super::chain(&error));
+            }
+        }
+        Ok(Log {
+            segments,
+            end,
+            problem,
+        })
+    }
+
+    fn segments(&self) -> Result<(Vec<Segment>, Option<String>), Error> {
         let failed = |error| Error::io("read", &self.path, error);
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&self.path).map_err(failed)? {
@@ -317,7 +377,10 @@ impl Line {
             if number != expected {
                 return Ok((
                     segments,
-                    Some(format!("segment {expected} is missing before {number}")),
+                    Some(format!(
+                        "segment {expected} is missing before {number} in `{}`",
+                        self.path.display()
+                    )),
                 ));
             }
             let path = self.segment(number);
@@ -347,16 +410,25 @@ impl Line {
         self.path.join(format!("{number:08}{SEGMENT}"))
     }
 
-    /// Until when the end of the line is known to be the state of the store.
-    pub(crate) fn covered(&self) -> Option<Timestamp> {
-        let text = std::fs::read(self.path.join(COVERED)).ok()?;
-        let covered: Covered = serde_json::from_slice(&text).ok()?;
-        Some(Timestamp(covered.until))
+    /// What is known of the end of the line.
+    fn covered(&self) -> Result<Option<Covered>, Error> {
+        let path = self.path.join(COVERED);
+        match std::fs::read(&path) {
+            Ok(text) => parse(&path, &text).map(Some),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", &path, error)),
+        }
     }
 
-    /// Notes that nothing was written after the last segment until this moment.
-    pub(crate) fn cover(&self, until: Timestamp) -> Result<(), Error> {
-        write_json(&self.path.join(COVERED), &Covered { until: until.0 })
+    /// Notes that segment `segment` (0: the copy), whose hash is `sha256`, is the last one, and that nothing was written
+    /// after it until this moment.
+    pub(crate) fn cover(&self, segment: u64, sha256: &str, until: Timestamp) -> Result<(), Error> {
+        let covered = Covered {
+            segment,
+            sha256: sha256.to_owned(),
+            until: until.0,
+        };
+        write_json(&self.path.join(COVERED), &covered)
     }
 
     /// Bytes of the copy and its segments.
@@ -365,8 +437,22 @@ impl Line {
     }
 }
 
+/// The log of a line, as far as it is whole.
+#[derive(Clone, Debug)]
+pub(crate) struct Log {
+    /// The segments in order, up to the first that is missing or unreadable.
+    pub(crate) segments: Vec<Segment>,
+    /// The newest moment that these restore.
+    pub(crate) end: Timestamp,
+    /// What is wrong after them. The state of any later moment is not known then.
+    pub(crate) problem: Option<String>,
+}
+
+/// `covered.json`.
 #[derive(Serialize, Deserialize)]
 struct Covered {
+    segment: u64,
+    sha256: String,
     until: i64,
 }
 

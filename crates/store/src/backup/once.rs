@@ -35,14 +35,14 @@ pub struct BackupMade {
 /// `link`: make hard links of objects in place of copies.
 ///
 /// # Errors
-/// [`Error::Damaged`] or [`Error::Unusable`] when `data` is no data directory; [`Error::InUse`] when another backup writes to `directory`;
+/// [`Error::Damaged`] or [`Error::Unusable`] when `data` is no data directory, or one directory lies inside the other; [`Error::InUse`] when another backup writes to `directory`;
 /// [`Error::Full`], [`Error::Io`], [`Error::Database`].
 pub async fn backup(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
     let (data, directory) = (data.to_owned(), directory.to_owned());
     blocking(move || run(&data, &directory, link)).await
 }
 
-fn run(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
+fn run(data: &Path, target: &Path, link: bool) -> Result<BackupMade, Error> {
     let alone = Directory::look(data)?;
     let database = directory::database(data);
     if !database.is_file() {
@@ -51,7 +51,8 @@ fn run(data: &Path, directory: &Path, link: bool) -> Result<BackupMade, Error> {
             "it is missing, so there is nothing to back up",
         ));
     }
-    let (layout, _lock) = Layout::make(directory)?;
+    directory::require_apart(target, data)?;
+    let (layout, _lock) = Layout::make(target)?;
     layout.sweep_partial()?;
     let mut vault = Vault::open(layout.objects(), link)?;
     let objects = FileSystem::open(directory::objects(data));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use oci::{Digest, Hasher};
 use rusqlite::{Connection, OpenFlags};
 
-use super::layout::{Layout, Line, SEGMENT_BYTES, Segment};
+use super::layout::{Layout, Line, Log, SEGMENT_BYTES, Segment};
 use super::wal::{Cursor, HEADER};
 use crate::adopt::{self, Adopt};
 use crate::blob::file_system::{FileSystem, StorageKey, sync_directory};
@@ -37,14 +37,17 @@ pub struct Restored {
 }
 
 /// Restores the newest point that is not after `at` into the directory `to`, which must be missing or empty. With
-/// `None`, the newest point of all.
+/// `None`, the newest point of all. Where the backup lost what came between that point and the moment, it refuses and
+/// names the moment until which it is whole.
+///
+/// What it made is removed when it fails, and what an interrupted restore left is replaced.
 ///
 /// The restored store has a new epoch of events, its uploads are over, and nothing that is unreferenced is collected
 /// before another lease.
 ///
 /// # Errors
 /// [`Error::Damaged`] when the backup is damaged where it is needed; [`Error::Unusable`] when it holds no such point,
-/// and when `to` is not empty; [`Error::Newer`], [`Error::Full`], [`Error::Io`],
+/// when `to` is not empty, and when one directory lies inside the other; [`Error::Newer`], [`Error::Full`], [`Error::Io`],
 /// [`Error::Database`].
 pub async fn restore(
     backup: &Path,
@@ -54,6 +57,18 @@ pub async fn restore(
 ) -> Result<Restored, Error> {
     let (backup, target) = (backup.to_owned(), to.to_owned());
     let prepared = blocking(move || prepare(&backup, &target, at)).await?;
+    let target = to.to_owned();
+    match complete(prepared, options).await {
+        Ok(restored) => Ok(restored),
+        Err(error) => {
+            // The error that came first counts, and the next try sweeps as well.
+            let _ = blocking(move || sweep(&target)).await;
+            Err(error)
+        }
+    }
+}
+
+async fn complete(prepared: Prepared, options: &Options) -> Result<Restored, Error> {
     let context = Context::new();
     let database = prepared.database.clone();
     let db = blocking(move || Db::open_sqlite(&database, false, context)).await?;
@@ -83,13 +98,22 @@ struct Prepared {
 }
 
 fn prepare(backup: &Path, to: &Path, at: Option<Timestamp>) -> Result<Prepared, Error> {
+    directory::require_apart(to, backup)?;
     let backup = Layout::open(backup)?;
     let point = choose(&backup, at)?;
+    if to.join(DATABASE).is_file() {
+        // An interrupted restore left it, and nobody can have used it.
+        drop(directory::take_lock(to)?);
+        sweep(to)?;
+    }
     require_empty(to)?;
     // Until the end the directory holds a name that no server accepts, so none starts on half of it.
     let directory = Directory::open(to)?;
     let database = to.join(DATABASE);
-    replay(&point.line, &point.segments, &database)?;
+    if let Err(error) = replay(&point.line, &point.segments, &database) {
+        let _ = sweep(to);
+        return Err(error);
+    }
     failpoint("restore.after_database");
     Ok(Prepared {
         line: point.line.path.clone(),
@@ -99,6 +123,34 @@ fn prepare(backup: &Path, to: &Path, at: Option<Timestamp>) -> Result<Prepared, 
         directory,
         database,
     })
+}
+
+/// Removes what an unfinished restore made. The database goes last but for the lock: it is what tells of it.
+fn sweep(to: &Path) -> Result<(), Error> {
+    if !to.join(DATABASE).is_file() {
+        return Ok(());
+    }
+    let objects = directory::objects(to);
+    match std::fs::remove_dir_all(&objects) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(Error::io("remove", &objects, error));
+        }
+        _ => {}
+    }
+    let entries = std::fs::read_dir(to).map_err(|error| Error::io("read", to, error))?;
+    for entry in entries {
+        let entry = entry.map_err(|error| Error::io("read", to, error))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name
+            .strip_prefix(DATABASE)
+            .is_some_and(|rest| !rest.is_empty())
+        {
+            remove(&entry.path())?;
+        }
+    }
+    remove(&to.join(DATABASE))?;
+    remove(&directory::lock_file(to))
 }
 
 /// Copies the objects, gives the database its name, and declares the directory whole.
@@ -184,45 +236,57 @@ struct Point {
 
 fn choose(backup: &Layout, at: Option<Timestamp>) -> Result<Point, Error> {
     let (lines, problems) = backup.lines()?;
-    for line in lines.into_iter().rev() {
-        if at.is_some_and(|at| line.at() > at) {
-            continue;
-        }
-        let (mut segments, problem) = line.segments()?;
-        if let Some(problem) = problem {
-            tracing::warn!(line = %line.path.display(), problem, "the end of a line is damaged");
-        }
-        if let Some(at) = at {
-            segments.retain(|segment| segment.at() <= at);
-        }
-        let until = end(&line, &segments);
-        let whole = line.segments()?.0.len() == segments.len();
-        let point = segments.last().map_or(line.at(), Segment::at);
-        // After the last segment the line's end is the state for as long as it was covered.
-        let reached = if whole {
-            at.map_or(until, |at| at.min(until))
-        } else {
-            point
-        };
-        return Ok(Point {
-            line,
-            segments,
-            at: reached.max(point),
-        });
+    let wanted = |moment: Timestamp| at.is_none_or(|at| moment <= at);
+    let line = lines.into_iter().rev().find(|line| wanted(line.at()));
+    let lost = problems
+        .iter()
+        .filter(|lost| wanted(lost.begun))
+        .max_by_key(|lost| lost.begun);
+    let Some(line) = line else {
+        return Err(Error::unusable(
+            backup.root(),
+            match lost.or(problems.first()) {
+                Some(lost) => format!("it holds no point of that time: {}", lost.problem),
+                None => "it holds no point of that time, see `longshore backup ls`".to_owned(),
+            },
+        ));
+    };
+    let log = line.log()?;
+    // An older state under the name of the moment that was asked for would be a lie, so this one wants to be asked for.
+    let refuse = |problem: &str| {
+        let end = log.end;
+        Error::damaged(
+            backup.root(),
+            format!(
+                "{problem}; what comes before is whole until {end}: restore it with `--at {end}`"
+            ),
+        )
+    };
+    if let Some(lost) = lost.filter(|lost| lost.begun > line.at()) {
+        return Err(refuse(&lost.problem));
     }
-    Err(Error::unusable(
-        backup.root(),
-        match problems.first() {
-            Some(problem) => format!("it holds no point of that time: {problem}"),
-            None => "it holds no point of that time, see `longshore backup ls`".to_owned(),
-        },
-    ))
-}
-
-/// The newest moment of a line with these segments.
-pub(crate) fn end(line: &Line, segments: &[Segment]) -> Timestamp {
-    let last = segments.last().map_or(line.at(), Segment::at);
-    line.covered().map_or(last, |covered| covered.max(last))
+    if let Some(problem) = &log.problem
+        && at.is_none_or(|at| at > log.end)
+    {
+        return Err(refuse(problem));
+    }
+    let mut segments = log.segments;
+    let all = segments.len();
+    if let Some(at) = at {
+        segments.retain(|segment| segment.at() <= at);
+    }
+    let point = segments.last().map_or(line.at(), Segment::at);
+    // After the last segment the line's end is the state for as long as it was covered.
+    let reached = if segments.len() == all {
+        at.map_or(log.end, |at| at.min(log.end))
+    } else {
+        point
+    };
+    Ok(Point {
+        line,
+        segments,
+        at: reached.max(point),
+    })
 }
 
 /// Makes the database of a point: the copy, then each generation of the log, replayed by SQLite.
@@ -435,7 +499,7 @@ fn verify(directory: &Path) -> Result<BackupReport, Error> {
     let objects = FileSystem::open(layout.objects());
     let (lines, problems) = layout.lines()?;
     let mut report = BackupReport {
-        problems,
+        problems: problems.into_iter().map(|lost| lost.problem).collect(),
         ..BackupReport::default()
     };
     let scratch = std::env::temp_dir().join(format!("longshore-verify-{}", random_name()?));
@@ -459,7 +523,11 @@ fn verify_line(
     seen: &mut BTreeSet<StorageKey>,
     report: &mut BackupReport,
 ) -> Result<(), Error> {
-    let (mut segments, problem) = line.segments()?;
+    let Log {
+        mut segments,
+        problem,
+        ..
+    } = line.log()?;
     report.problems.extend(problem);
     if let Some(bad) = segments.iter().position(|segment| match segment.check() {
         Ok(()) => false,

@@ -68,6 +68,11 @@ impl FileSystem {
         sync_directory(root)
     }
 
+    /// The directory of the objects.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub(crate) fn open(root: PathBuf) -> Self {
         Self {
             root,

@@ -108,8 +108,33 @@ impl Part {
     }
 }
 
-/// The records of a part; an error says what is wrong with it.
-pub(crate) fn read(bytes: &[u8]) -> Result<Vec<Record>, String> {
+/// The records of a part, and what is wrong with it.
+///
+/// Of a part whose end is torn off, the whole lines count: manifests and blobs prove themselves, and a tag that was
+/// written was true. A part that has its end and not the hash in it was changed within, so nothing of it counts.
+pub(crate) fn salvage(bytes: &[u8]) -> (Vec<Record>, Option<String>) {
+    let Err(problem) = end(bytes) else {
+        return match read(bytes) {
+            Ok(records) => (records, None),
+            Err(problem) => (Vec::new(), Some(problem)),
+        };
+    };
+    let mut records = Vec::new();
+    for line in bytes.split(|byte| *byte == b'\n') {
+        match serde_json::from_slice(line) {
+            Ok(Record::End { .. }) | Err(_) => break,
+            Ok(Record::Set { version }) if version > VERSION => {
+                return (Vec::new(), Some(too_new(version)));
+            }
+            Ok(record) => records.push(record),
+        }
+    }
+    let problem = format!("{problem}; its first {} lines are used", records.len());
+    (records, Some(problem))
+}
+
+/// The lines before the last one, and the hash in it.
+fn end(bytes: &[u8]) -> Result<(&[u8], String), String> {
     let body = bytes
         .strip_suffix(b"\n")
         .ok_or("it does not end with a line")?;
@@ -121,6 +146,16 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Vec<Record>, String> {
     let Ok(Record::End { sha256 }) = serde_json::from_slice(end) else {
         return Err("it does not end with its hash".to_owned());
     };
+    Ok((lines, sha256))
+}
+
+fn too_new(version: i64) -> String {
+    format!("it has version {version}, this program knows up to {VERSION}, use a newer program")
+}
+
+/// The records of a part that is whole.
+fn read(bytes: &[u8]) -> Result<Vec<Record>, String> {
+    let (lines, sha256) = end(bytes)?;
     if hex::encode(Sha256::digest(lines)) != sha256 {
         return Err("its bytes have another hash".to_owned());
     }
@@ -134,9 +169,7 @@ pub(crate) fn read(bytes: &[u8]) -> Result<Vec<Record>, String> {
         if let Record::Set { version } = record
             && version > VERSION
         {
-            return Err(format!(
-                "it has version {version}, this program knows up to {VERSION}, use a newer program"
-            ));
+            return Err(too_new(version));
         }
         records.push(record);
     }
@@ -179,6 +212,16 @@ mod tests {
             damaged[at] ^= 1;
             assert!(read(&damaged).is_err(), "{at}");
             assert!(read(&bytes[..at]).is_err(), "{at}");
+            // Torn, the lines that are whole are there.
+            let (found, problem) = salvage(&bytes[..at]);
+            assert!(problem.is_some(), "{at}");
+            assert!(records.starts_with(&found), "{at}");
+            let whole = bytes[..at].split(|byte| *byte == b'\n').count() - 1;
+            assert!(found.len() >= whole, "{at}");
         }
+        assert_eq!(salvage(&bytes), (records.clone(), None));
+        let mut changed = bytes.clone();
+        changed[40] ^= 1;
+        assert_eq!(salvage(&changed).0, []);
     }
 }

@@ -83,15 +83,12 @@ impl Index {
                 ));
             }
             before = Some((name.set, name.part));
-            let records = match record::read(&shelf.get(&name).await?) {
-                Ok(records) => records,
-                Err(problem) => {
-                    report
-                        .problems
-                        .push(format!("part `{}` of the exports: {problem}", name.text()));
-                    continue;
-                }
-            };
+            let (records, problem) = record::salvage(&shelf.get(&name).await?);
+            if let Some(problem) = problem {
+                report
+                    .problems
+                    .push(format!("part `{}` of the exports: {problem}", name.text()));
+            }
             let part = index.parts.len();
             for (line, record) in records.into_iter().enumerate() {
                 if let Err(error) = index.take(&record, Line { part, line }, report) {
@@ -174,18 +171,18 @@ impl Index {
         let Some(name) = self.parts.get(part) else {
             return Ok(Vec::new());
         };
-        record::read(&shelf.get(name).await?)
-            .map_err(|problem| Error::Database(format!("part `{}`: {problem}", name.text())))
+        // What is wrong with it was told when it was read first.
+        Ok(record::salvage(&shelf.get(name).await?).0)
     }
 }
 
 /// Whether these parts hold a whole set, from its beginning to its end.
 async fn holds_whole(shelf: &Shelf, names: &[Name]) -> Result<bool, Error> {
     for name in names {
-        if let Ok(records) = record::read(&shelf.get(name).await?)
-            && records
-                .iter()
-                .any(|record| matches!(record, Record::Whole { .. }))
+        let (records, _) = record::salvage(&shelf.get(name).await?);
+        if records
+            .iter()
+            .any(|record| matches!(record, Record::Whole { .. }))
         {
             return Ok(true);
         }

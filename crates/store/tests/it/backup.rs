@@ -205,6 +205,7 @@ async fn damage_is_found_and_earlier_points_stay() {
         store.ship_backup().await;
     }
     store.close().await.unwrap();
+    let last = list_backups(&root.join("backup")).unwrap().lines[0].to;
     let line = std::fs::read_dir(root.join("backup/lines"))
         .unwrap()
         .next()
@@ -221,7 +222,8 @@ async fn damage_is_found_and_earlier_points_stay() {
     assert_eq!(verify_backup(&backup).await.unwrap().problems.len(), 1);
     let refused = restore(&backup, &root.join("x"), None, &Options::default()).await;
     assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
-    let (_, old) = restored(root, Some(first), "first").await;
+    // It leaves nothing behind, so the next try may go to the same place.
+    let (_, old) = restored(root, Some(first), "x").await;
     assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
 
     for torn in [0, 100, 1024, whole.len() - 1] {
@@ -229,12 +231,32 @@ async fn damage_is_found_and_earlier_points_stay() {
         let list = list_backups(&backup).unwrap();
         assert_eq!(list.problems.len(), 1);
         assert_eq!(list.lines[0].points, kept + 1, "the copy is one as well");
-        let (_, old) = restored(root, None, &format!("torn-{torn}")).await;
-        assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
+        refused_but_until(root, list.lines[0].to, &format!("torn-{torn}")).await;
+        assert!(list.lines[0].to < last);
     }
     std::fs::remove_file(&second).unwrap();
-    assert_eq!(list_backups(&backup).unwrap().problems.len(), 1);
+    let list = list_backups(&backup).unwrap();
+    assert_eq!(list.problems.len(), 1);
+    refused_but_until(root, list.lines[0].to, "hole").await;
+    // All segments from here on are gone: only `covered.json` knows of them.
+    let later: Vec<_> = (kept + 2..kept + 9)
+        .map(|number| line.join(format!("{number:08}.log")))
+        .filter(|path| path.exists())
+        .collect();
+    assert!(!later.is_empty());
+    for path in &later {
+        std::fs::rename(path, path.with_extension("away")).unwrap();
+    }
+    let list = list_backups(&backup).unwrap();
+    assert_eq!(list.problems.len(), 1, "{:?}", list.problems);
+    assert_eq!(verify_backup(&backup).await.unwrap().problems.len(), 1);
+    assert!(list.lines[0].to < last);
+    refused_but_until(root, list.lines[0].to, "short").await;
+    for path in &later {
+        std::fs::rename(path.with_extension("away"), path).unwrap();
+    }
     std::fs::write(&second, &whole).unwrap();
+    assert_eq!(list_backups(&backup).unwrap().lines[0].to, last);
     assert_eq!(verify_backup(&backup).await.unwrap().problems.len(), 0);
 
     std::fs::write(
@@ -243,6 +265,66 @@ async fn damage_is_found_and_earlier_points_stay() {
     )
     .unwrap();
     assert!(matches!(list_backups(&backup), Err(Error::Newer { .. })));
+}
+
+/// The newest moment, and any after `until`, is refused with a word on what can be had; `until` is the state with `v0`.
+async fn refused_but_until(root: &Path, until: Timestamp, to: &str) {
+    for at in [None, Some(Timestamp(until.0 + 1))] {
+        let target = root.join(to);
+        let refused = restore(&root.join("backup"), &target, at, &Options::default()).await;
+        let Err(error @ Error::Damaged { .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(error.to_string().contains(&format!("--at {until}")));
+        assert!(!target.exists());
+    }
+    let (report, old) = restored(root, Some(until), to).await;
+    assert_eq!(report.at, until);
+    assert_eq!(old.tags(&name("a/b"), None, 9).await.unwrap(), ["v0"]);
+    old.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_line_that_is_lost_is_not_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path();
+    let repository = name("a/b");
+    let store = backed_up(root).await;
+    push_image(&store, &repository, 0, &["v0"]).await;
+    store.close().await.unwrap();
+    let until = list_backups(&root.join("backup")).unwrap().lines[0].to;
+    let store = Store::open(&root.join("data"), Options::default())
+        .await
+        .unwrap();
+    push_image(&store, &repository, 1, &["v1"]).await;
+    store.close().await.unwrap();
+    backed_up(root).await.close().await.unwrap();
+    let mut lines: Vec<_> = std::fs::read_dir(root.join("backup/lines"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    lines.sort();
+    assert_eq!(lines.len(), 2);
+    std::fs::write(lines[1].join("line.json"), b"{").unwrap();
+    let begun: i64 = lines[1]
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    for at in [None, Some(Timestamp(begun))] {
+        let refused = restore(
+            &root.join("backup"),
+            &root.join("x"),
+            at,
+            &Options::default(),
+        )
+        .await;
+        assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+    }
+    let (_, old) = restored(root, Some(until), "old").await;
+    assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -347,6 +429,32 @@ async fn one_backup_of_a_running_and_of_a_stopped_directory() {
             "{refused:?}"
         );
     }
+    // Directories inside one another, also through a link or where nothing is yet.
+    std::os::unix::fs::symlink(&data, root.join("link")).unwrap();
+    for inside in ["data", "data/inner/deep", "link/inner"] {
+        let refused = backup(&data, &root.join(inside), false).await;
+        assert!(
+            matches!(refused, Err(Error::Unusable { .. })),
+            "{refused:?}"
+        );
+        assert!(!data.join("inner").exists());
+    }
+    let to = root.join("backup/inside");
+    let refused = restore(&root.join("backup"), &to, None, &Options::default()).await;
+    assert!(
+        matches!(refused, Err(Error::Unusable { .. })),
+        "{refused:?}"
+    );
+    assert!(!to.exists());
+    let store = Store::open(&data, Options::default()).await.unwrap();
+    let refused = store
+        .start_backup(BackupOptions::new(data.join("inner")))
+        .await;
+    assert!(
+        matches!(refused, Err(Error::Unusable { .. })),
+        "{refused:?}"
+    );
+    store.close().await.unwrap();
     let nothing = backup(&root.join("nothing"), &root.join("b2"), false).await;
     assert!(matches!(nothing, Err(Error::Damaged { .. })), "{nothing:?}");
     std::fs::create_dir(root.join("home")).unwrap();

@@ -33,6 +33,13 @@ async fn a_kill_at_any_point_leaves_every_declared_point_whole() {
         );
         let told = std::fs::read_to_string(root.join("told")).unwrap_or_default();
         check_points(root, point, &told).await;
+        if matches!(*point, "restore.after_database" | "restore.after_objects") {
+            // What the interrupted restore left is replaced.
+            let to = root.join("restored");
+            let restored = restore(&root.join("backup"), &to, None, &Options::default()).await;
+            assert_eq!(restored.unwrap().problems, Vec::<String>::new());
+            assert!(verify_store(&to).await.unwrap().problems.is_empty());
+        }
         // The store itself never noticed, and its backup goes on.
         let checked = verify_store(&root.join("data")).await.unwrap();
         assert_eq!(checked.problems, Vec::<String>::new(), "`{point}`");

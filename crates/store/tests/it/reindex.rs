@@ -288,6 +288,45 @@ async fn what_is_lost_is_told_and_the_rest_is_served() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_whole_lines_of_a_torn_part_are_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let data = directory.path().join("data");
+    let store = Store::open(&data, Options::default()).await.unwrap();
+    fill(&store).await;
+    store.close().await.unwrap();
+    let parts = || {
+        let mut parts: Vec<_> = std::fs::read_dir(data.join("x"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        parts.sort();
+        parts
+    };
+    // Only the hash at their ends is torn: nothing is lost, but it is told.
+    let mut torn = 0;
+    for part in parts() {
+        let bytes = std::fs::read(&part).unwrap();
+        std::fs::write(&part, &bytes[..bytes.len() - 5]).unwrap();
+        torn += 1;
+    }
+    lose(&data);
+    let report = reindex(&data, &Options::default(), |_| {}).await.unwrap();
+    assert_eq!(report.problems.len(), torn, "{:#?}", report.problems);
+    assert!(report.problems[0].contains("lines are used"));
+    assert_eq!((report.repositories, report.tags), (2, 7));
+    assert!(verify_store(&data).await.unwrap().problems.is_empty());
+
+    // More of the last one is torn: what stands before the tear is found.
+    let part = parts().pop().unwrap();
+    let bytes = std::fs::read(&part).unwrap();
+    std::fs::write(&part, &bytes[..bytes.len() / 2]).unwrap();
+    lose(&data);
+    let report = reindex(&data, &Options::default(), |_| {}).await.unwrap();
+    assert!(report.tags > 0 && report.tags < 7, "{report:?}");
+    assert!(verify_store(&data).await.unwrap().problems.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_set_replaces_the_old_one_and_events_that_were_forgotten_do_no_harm() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("data");

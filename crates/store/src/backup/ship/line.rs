@@ -15,7 +15,7 @@ use rusqlite::backup::{Backup, StepResult};
 
 use super::moment::{Position, Set, open_log, read_log};
 use super::{Fault, Shipper, lock};
-use crate::backup::layout::{self, BASE, LISTED, Line, LineHead, Part};
+use crate::backup::layout::{self, BASE, LISTED, Line, LineHead, Log, Part};
 use crate::backup::wal::Cursor;
 use crate::backup::{self, BEGUN};
 use crate::blob::file_system::StorageKey;
@@ -39,13 +39,18 @@ impl Shipper {
     /// Goes on with the newest line when the log still holds, byte for byte, what was shipped of it.
     pub(super) fn resume(&mut self, inner: &Arc<Inner>, sqlite: &Sqlite) -> Result<bool, Fault> {
         let (mut lines, problems) = self.layout.lines()?;
-        for problem in problems {
-            tracing::error!(problem, "a line of the backup is damaged");
+        for lost in problems {
+            tracing::error!(problem = lost.problem, "a line of the backup is damaged");
         }
         let Some(line) = lines.pop() else {
             return Ok(false);
         };
-        let (segments, problem) = line.segments()?;
+        let Log {
+            segments, problem, ..
+        } = line.log()?;
+        if let Some(problem) = &problem {
+            tracing::error!(problem, "a line of the backup is damaged");
+        }
         let end = match segments.last() {
             Some(last) => last.head.parts.last().and_then(Part::end),
             None => line.start()?,

@@ -48,7 +48,9 @@ impl Shipper {
             _ => None,
         };
         if fresh.is_none() && self.pending.is_none() {
-            current.line.cover(mark.at)?;
+            current
+                .line
+                .cover(current.number, &current.previous, mark.at)?;
             return Ok(());
         }
         let number = current.number + 1;
@@ -82,6 +84,10 @@ impl Shipper {
         current.number = number;
         current.shipped += segment.length;
         current.previous = segment.head.sha256;
+        // Now the loss of this segment would be seen.
+        current
+            .line
+            .cover(current.number, &current.previous, mark.at)?;
         Ok(())
     }
 
