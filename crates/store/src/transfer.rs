@@ -17,6 +17,8 @@ mod end;
 mod objects;
 mod tables;
 
+pub(crate) use end::fact;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -132,7 +134,7 @@ pub async fn migrate(from: &Location, to: &Location, settings: Settings) -> Resu
             "the objects stay where they are, there is nothing to bring ahead".to_owned(),
         ));
     }
-    let destination = Destination::open(to, &source).await?;
+    let destination = Destination::open(to, &source, report.objects_stay).await?;
     let outcome = if destination.complete {
         report.finished = true;
         Ok(())

@@ -102,7 +102,14 @@ pub(crate) const TABLES: &[Table] = &[
 ];
 
 /// What says where a store is and how it stands, and is not carried.
-pub(crate) const OF_THE_PLACE: [&str; 5] = ["schema", "schema_expanded", "mode", JOURNAL, MOVED];
+pub(crate) const OF_THE_PLACE: [&str; 6] = [
+    "schema",
+    "schema_expanded",
+    "mode",
+    crate::identity::KEY,
+    JOURNAL,
+    MOVED,
+];
 /// The row of `meta` that a destination has while it is being filled.
 pub(crate) const JOURNAL: &str = "migration";
 /// The row of `meta` that a source has after it was carried away.
