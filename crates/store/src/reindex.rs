@@ -128,7 +128,15 @@ pub async fn reindex_at(
                 }
             };
             let place = Place::new(location, &objects);
-            return embedded(data, objects, (&place, how), &shelf, options, Arc::new(progress)).await;
+            return embedded(
+                data,
+                objects,
+                (&place, how),
+                &shelf,
+                options,
+                Arc::new(progress),
+            )
+            .await;
         }
         DatabaseLocation::Postgres(url) => url,
     };
@@ -147,7 +155,15 @@ pub async fn reindex_at(
     };
     let db = Db::open_postgres(url, options.database_connections, Context::new()).await?;
     let place = Place::new(location, &objects);
-    let built = build(&db, objects, (&place, how), &shelf, options, Arc::new(progress)).await;
+    let built = build(
+        &db,
+        objects,
+        (&place, how),
+        &shelf,
+        options,
+        Arc::new(progress),
+    )
+    .await;
     db.close().await?;
     built
 }

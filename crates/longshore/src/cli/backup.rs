@@ -299,7 +299,8 @@ impl Reindex {
                 ));
             }
         };
-        let report = store::reindex_at(&config.location, &config.store, self.take_over, progress).await?;
+        let report =
+            store::reindex_at(&config.location, &config.store, self.take_over, progress).await?;
         if global.json {
             output::json(&json!({
                 "objects": report.objects,

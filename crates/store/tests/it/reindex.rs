@@ -380,7 +380,10 @@ pub(crate) async fn a_lost_database_over_a_bucket(location: &Location, data: &Pa
     std::fs::remove_dir_all(data).unwrap();
     // The bucket belongs to the lost database until it is told otherwise.
     let refused = reindex_at(location, &Options::default(), false, |_| {}).await;
-    assert!(matches!(refused, Err(Error::Unusable { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::Unusable { .. })),
+        "{refused:?}"
+    );
     let report = reindex_at(location, &Options::default(), true, |_| {})
         .await
         .unwrap();
