@@ -15,6 +15,7 @@ use crate::blob::s3::S3;
 use crate::clock::random_name;
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::identity::{self, Claim, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::{Actor, Options};
 use crate::sql::{Body, Context, Db, Tx, WriteKind, statements};
@@ -148,7 +149,11 @@ pub async fn adopt(
             )
         }
     };
-    let adopted = mark(&db, &objects, options.lease, how.discard_unknown).await;
+    let place = Place::new(location, &objects);
+    let adopted = match identity::claim(&db, &place, Claim::Adopt).await {
+        Ok(_) => mark(&db, &objects, options.lease, how.discard_unknown).await,
+        Err(refused) => Err(refused),
+    };
     db.close().await?;
     adopted
 }

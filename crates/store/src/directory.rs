@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::blob::file_system::{FileSystem, sync_directory};
 use crate::error::Error;
 use crate::export::shelf::EXPORTS;
+use crate::identity;
 
 /// The format of the directory that this program writes.
 const FORMAT: i64 = 1;
@@ -28,10 +29,19 @@ pub(crate) struct Directory {
 impl Directory {
     /// Takes the lock of `root`, making the directory when it is missing or empty.
     pub(crate) fn open(root: &Path) -> Result<Self, Error> {
+        Self::open_beside(root, &[])
+    }
+
+    /// The same for a database that is carried to where its objects lie already.
+    pub(crate) fn open_for_objects(root: &Path) -> Result<Self, Error> {
+        Self::open_beside(root, &[EXPORTS, identity::FILE])
+    }
+
+    fn open_beside(root: &Path, also: &[&str]) -> Result<Self, Error> {
         make_directory(root)?;
         let fresh = read_format(root)?.is_none();
         if fresh {
-            check_ours(root, &[])?;
+            check_ours(root, also)?;
         }
         let lock = take_lock(root)?;
         // Whoever had the lock a moment ago may have made the directory whole.
@@ -98,7 +108,7 @@ impl Directory {
                 found: "an embedded store".to_owned(),
             });
         }
-        check_ours(root, &[EXPORTS])?;
+        check_ours(root, &[EXPORTS, identity::FILE])?;
         let lock = share_lock(root)?;
         FileSystem::make(&objects(root))?;
         Ok(Self {
@@ -311,7 +321,9 @@ fn check_ours(root: &Path, also: &[&str]) -> Result<(), Error> {
                 .contains(&name.as_ref())
             || name
                 .strip_prefix(DATABASE)
-                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest));
+                .is_some_and(|rest| ["", "-wal", "-shm", "-journal", CARRIED].contains(&rest))
+            // What is left of an identity that was being written.
+            || name.ends_with(".partial") && name.starts_with(identity::FILE);
         if !known {
             return Err(Error::NotADataDirectory {
                 dir: root.to_owned(),

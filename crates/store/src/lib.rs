@@ -28,6 +28,7 @@ mod error;
 mod event;
 mod export;
 mod failpoint;
+mod identity;
 pub mod import;
 mod lease;
 mod location;

@@ -24,6 +24,7 @@ use crate::clock::Timestamp;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::export::shelf::Shelf;
+use crate::identity::{self, Claim, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::meta;
 use crate::model::Options;
@@ -95,20 +96,29 @@ pub async fn reindex(
     options: &Options,
     progress: impl Fn(ReindexProgress) + Send + Sync + 'static,
 ) -> Result<Reindexed, Error> {
-    reindex_at(&Location::embedded(data), options, progress).await
+    reindex_at(&Location::embedded(data), options, false, progress).await
 }
 
 /// The same for a store whose database is elsewhere: the database is empty, and no replica runs. Until the end the
-/// database has a journal and opens as no store; the next run empties it and begins again.
+/// database has a journal and opens as no store; the next run empties it and begins again. Objects that are in a place of
+/// their own belong to the lost database; with `take_over` they belong to the new one, and whoever still has the old one
+/// is refused from then on.
 ///
 /// # Errors
-/// As [`reindex`]; [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it or the
-/// object store cannot be reached or answers wrongly; [`Error::Moving`] when `migrate` has begun to fill it.
+/// As [`reindex`]; [`Error::Unusable`] when the place of the objects belongs to a store and `take_over` is not given;
+/// [`Error::Database`] when the database holds repositories; [`Error::Unavailable`] when it or the object store cannot be
+/// reached or answers wrongly; [`Error::Moving`] when `migrate` has begun to fill it.
 pub async fn reindex_at(
     location: &Location,
     options: &Options,
+    take_over: bool,
     progress: impl Fn(ReindexProgress) + Send + Sync + 'static,
 ) -> Result<Reindexed, Error> {
+    let how = if take_over {
+        Claim::TakeOver
+    } else {
+        Claim::Open
+    };
     let url = match &location.database {
         DatabaseLocation::Sqlite(data) => {
             let (objects, shelf) = match &location.objects {
@@ -122,7 +132,16 @@ pub async fn reindex_at(
                     (Objects::S3(s3.clone()), Shelf::S3(s3))
                 }
             };
-            return embedded(data, objects, &shelf, options, Arc::new(progress)).await;
+            let place = Place::new(location, &objects);
+            return embedded(
+                data,
+                objects,
+                (&place, how),
+                &shelf,
+                options,
+                Arc::new(progress),
+            )
+            .await;
         }
         DatabaseLocation::Postgres(url) => url,
     };
@@ -140,7 +159,16 @@ pub async fn reindex_at(
         }
     };
     let db = Db::open_postgres(url, options.database_connections, Context::new()).await?;
-    let built = build(&db, objects, &shelf, options, Arc::new(progress)).await;
+    let place = Place::new(location, &objects);
+    let built = build(
+        &db,
+        objects,
+        (&place, how),
+        &shelf,
+        options,
+        Arc::new(progress),
+    )
+    .await;
     db.close().await?;
     built
 }
@@ -149,6 +177,7 @@ pub async fn reindex_at(
 async fn embedded(
     data: &Path,
     objects: Objects,
+    place: (&Place, Claim),
     shelf: &Shelf,
     options: &Options,
     progress: Progress,
@@ -164,7 +193,7 @@ async fn embedded(
         Ok((directory, db))
     })
     .await?;
-    let built = build(&db, objects, shelf, options, progress).await;
+    let built = build(&db, objects, place, shelf, options, progress).await;
     db.close().await?;
     drop(db);
     let report = built?;
@@ -194,6 +223,7 @@ async fn embedded(
 async fn build(
     db: &Db,
     objects: Objects,
+    (place, how): (&Place, Claim),
     shelf: &Shelf,
     options: &Options,
     progress: Progress,
@@ -201,6 +231,7 @@ async fn build(
     let mut report = Reindexed::default();
     db.write(Begin).await?;
     meta::epoch(db).await?;
+    identity::claim(db, place, how).await?;
     let index = Index::read(shelf, &mut report).await?;
     blobs::add_objects(db, objects, &index, options.lease, &progress, &mut report).await?;
     blobs::add_small_blobs(db, shelf, &index, options.lease, &progress, &mut report).await?;

@@ -18,6 +18,7 @@ use crate::clock::{Clock, Timestamp, random_name};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::export::shelf::Shelf;
+use crate::identity::{self, Claim, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::mode::Gate;
 use crate::model::{
@@ -138,6 +139,7 @@ impl Store {
             ..Context::new()
         };
         let shared = matches!(database, DatabaseLocation::Postgres(_));
+        let place = (database.clone(), objects.clone());
         let (db, mut locks) = open_database(database, &options, context.clone()).await?;
         let db = Arc::new(db);
         let (objects, exports, memory) = match objects {
@@ -156,6 +158,8 @@ impl Store {
             }
         };
         crate::transfer::check_open(&db).await?;
+        let place = Place::of(&place.0, &place.1, &objects);
+        identity::claim(&db, &place, Claim::Open).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal

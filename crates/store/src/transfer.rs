@@ -24,6 +24,8 @@ mod end;
 mod objects;
 mod tables;
 
+pub(crate) use end::fact;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -176,7 +178,7 @@ async fn fill(
             "the objects stay where they are, there is nothing to bring ahead".to_owned(),
         ));
     }
-    let destination = Destination::open(to, source).await?;
+    let destination = Destination::open(to, source, report.objects_stay).await?;
     let outcome = if destination.complete {
         report.finished = true;
         Ok(())

@@ -22,6 +22,7 @@ use crate::blob::s3::S3;
 use crate::blocking::blocking;
 use crate::directory::{self, Directory};
 use crate::error::Error;
+use crate::identity::{self, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::VerifyReport;
 use crate::sql::{self, Body, Context, Db, Row, Statement, Tx, Value, WriteKind, statements};
@@ -184,6 +185,14 @@ pub async fn verify_at(
             Rows::Db(&opened)
         }
     };
+    let ours = match &rows {
+        Rows::Db(db) => identity::read(db).await?,
+        Rows::File { .. } => match rows.snapshot().await? {
+            Some(mut tx) => crate::transfer::fact(&mut tx, identity::KEY).await?,
+            None => None,
+        },
+    };
+    identity::compare(ours.as_deref(), &Place::new(location, &objects)).await?;
     let report = Check {
         rows,
         objects,

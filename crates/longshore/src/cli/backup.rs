@@ -269,6 +269,10 @@ pub(crate) struct Reindex {
     /// The configuration file of the registry, when its database is PostgreSQL. The database must be empty.
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Take objects over that belong to the lost database, when they lie apart from it. Programs that still have that
+    /// database are refused from then on.
+    #[arg(long)]
+    take_over: bool,
 }
 
 impl Reindex {
@@ -295,7 +299,8 @@ impl Reindex {
                 ));
             }
         };
-        let report = store::reindex_at(&config.location, &config.store, progress).await?;
+        let report =
+            store::reindex_at(&config.location, &config.store, self.take_over, progress).await?;
         if global.json {
             output::json(&json!({
                 "objects": report.objects,

@@ -46,7 +46,7 @@ impl Serve {
 
 /// The store that is checked.
 #[derive(Debug, Args)]
-struct Which {
+pub(crate) struct Which {
     /// The data directory.
     #[arg(required_unless_present = "config")]
     directory: Option<PathBuf>,

@@ -9,6 +9,7 @@ use tokio::task::spawn_blocking;
 use super::StorageKey;
 use super::file_system::FileSystem;
 use super::s3::{RemoteBlob, S3};
+use crate::blocking::blocking;
 use crate::error::Error;
 use crate::failpoint::failpoint;
 use crate::model::BlobContent;
@@ -143,6 +144,21 @@ impl Objects {
                     .unwrap_or(Err(Error::Stopped))
             }
             Self::S3(s3) => s3.list().await,
+        }
+    }
+
+    /// Whether there is an object of this key.
+    pub(crate) async fn is_there(&self, key: &StorageKey) -> Result<bool, Error> {
+        match self {
+            Self::Directory(files) => {
+                let path = files.path(key);
+                blocking(move || {
+                    path.try_exists()
+                        .map_err(|error| Error::io("read", &path, error))
+                })
+                .await
+            }
+            Self::S3(s3) => Ok(s3.size(key).await?.is_some()),
         }
     }
 

@@ -104,6 +104,7 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::blob::STATEMENTS,
         crate::event::STATEMENTS,
         crate::export::STATEMENTS,
+        crate::identity::STATEMENTS,
         crate::lease::STATEMENTS,
         crate::manifest::STATEMENTS,
         crate::meta::STATEMENTS,

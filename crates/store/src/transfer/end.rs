@@ -13,6 +13,7 @@ use crate::clock::random_name;
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::identity::{self, Claim, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::sql::{self, Body, Context, Db, Statement, Tx, WriteKind};
 
@@ -85,6 +86,9 @@ impl Source {
                 "the source is itself being filled by `longshore migrate` or `reindex`, run that to its end first".to_owned(),
             ));
         }
+        let identity = fact(&mut tx, identity::KEY).await?;
+        let place = Place::new(location, &source.objects);
+        identity::compare(identity.as_deref(), &place).await?;
         drop(tx);
         Ok(Self { epoch, ..source })
     }
@@ -204,7 +208,11 @@ pub(super) struct Destination {
 
 impl Destination {
     /// Opens or makes it; it must be empty, or have a journal of the same source.
-    pub(super) async fn open(location: &Location, source: &Source) -> Result<Self, Error> {
+    pub(super) async fn open(
+        location: &Location,
+        source: &Source,
+        objects_stay: bool,
+    ) -> Result<Self, Error> {
         let mut locks = Vec::new();
         let (db, root) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
@@ -238,9 +246,19 @@ impl Destination {
             })
             .await?;
         failpoint("carry.after_journal");
+        let objects = open_objects(&location.objects).await?;
+        if !complete {
+            // Objects that stay keep their identity, and others come to a place that is nobody's.
+            let how = if objects_stay {
+                Claim::Adopt
+            } else {
+                Claim::Fill
+            };
+            identity::claim(&db, &Place::new(location, &objects), how).await?;
+        }
         Ok(Self {
             db,
-            objects: open_objects(&location.objects).await?,
+            objects,
             is_postgres: root.is_none(),
             name: describe(location),
             root,
@@ -311,7 +329,7 @@ async fn lock(root: &Path, embedded: bool) -> Result<Directory, Error> {
     let root = root.to_owned();
     let take = move || {
         if embedded {
-            Directory::open(&root)
+            Directory::open_for_objects(&root)
         } else {
             Directory::open_objects(&root)
         }
@@ -355,7 +373,7 @@ async fn alone(db: &Db) -> Result<(), Error> {
 }
 
 /// A fact of a place.
-pub(super) async fn fact(tx: &mut Tx, key: &str) -> Result<Option<String>, Error> {
+pub(crate) async fn fact(tx: &mut Tx, key: &str) -> Result<Option<String>, Error> {
     let statement = Statement::made("SELECT value FROM meta WHERE key = $1".to_owned());
     tx.query_opt(statement, &[key.into()])
         .await?

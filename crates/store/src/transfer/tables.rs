@@ -102,8 +102,15 @@ pub(crate) const TABLES: &[Table] = &[
 ];
 
 /// What says where a store is and how it stands, and is not carried.
-pub(crate) const OF_THE_PLACE: [&str; 6] =
-    ["schema", "schema_expanded", "mode", JOURNAL, LEAVING, MOVED];
+pub(crate) const OF_THE_PLACE: [&str; 7] = [
+    "schema",
+    "schema_expanded",
+    "mode",
+    crate::identity::KEY,
+    JOURNAL,
+    LEAVING,
+    MOVED,
+];
 /// The row of `meta` that a destination has while it is being filled.
 pub(crate) const JOURNAL: &str = "migration";
 /// What that row says while [`crate::reindex()`] fills it.

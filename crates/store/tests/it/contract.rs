@@ -92,6 +92,8 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
     for engine in [sqlite(options()).await, postgres(options()).await] {
         crate::reindex::contract(&engine).await;
     }
+    crate::identity::contract(None).await;
+    crate::identity::contract(Some(&Server::start().await)).await;
     let left_out: Vec<_> = store::statement_coverage()
         .into_iter()
         .filter(|(_, sqlite, postgres)| !sqlite || !postgres)

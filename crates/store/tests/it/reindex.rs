@@ -438,7 +438,7 @@ pub(crate) async fn contract(engine: &Engine) {
             objects: ObjectLocation::Directory(data.clone()),
         }
     };
-    let report = reindex_at(&location, &Options::default(), |_| {})
+    let report = reindex_at(&location, &Options::default(), true, |_| {})
         .await
         .unwrap();
     assert_eq!(report.problems, Vec::<String>::new());
@@ -464,7 +464,13 @@ pub(crate) async fn a_lost_database_over_a_bucket(location: &Location, data: &Pa
     store.close().await.unwrap();
     // The disk of the database is gone as a whole.
     std::fs::remove_dir_all(data).unwrap();
-    let report = reindex_at(location, &Options::default(), |_| {})
+    // The bucket belongs to the lost database until it is told otherwise.
+    let refused = reindex_at(location, &Options::default(), false, |_| {}).await;
+    assert!(
+        matches!(refused, Err(Error::Unusable { .. })),
+        "{refused:?}"
+    );
+    let report = reindex_at(location, &Options::default(), true, |_| {})
         .await
         .unwrap();
     assert_eq!(report.problems, Vec::<String>::new());

@@ -202,7 +202,7 @@ async fn a_reindex_makes_no_database_of_what_it_could_not_read() {
                 failing.fail(Request::Get, fault, FOR_GOOD);
             }
         };
-        let failed = reindex_at(location, &Options::default(), fails).await;
+        let failed = reindex_at(location, &Options::default(), false, fails).await;
         assert!(
             matches!(failed, Err(Error::Unavailable { .. })),
             "{failed:?}"
@@ -210,7 +210,7 @@ async fn a_reindex_makes_no_database_of_what_it_could_not_read() {
         assert!(objects.count(Request::Get) > read && objects.heal() > 0);
         let opened = Store::open_at(location, Options::default()).await;
         assert!(opened.is_err(), "there is a store: {opened:?}");
-        let report = reindex_at(location, &Options::default(), |_| {})
+        let report = reindex_at(location, &Options::default(), false, |_| {})
             .await
             .unwrap();
         assert_eq!(report.problems, Vec::<String>::new());

@@ -37,6 +37,26 @@ impl S3 {
         Ok(attempts(|| limited(CONTROL, read())).await?)
     }
 
+    /// Reads a small file, `None` when there is none.
+    pub(crate) async fn find_file(&self, place: &str) -> Result<Option<Bytes>, Error> {
+        let path = Path::from(self.prefixed(place));
+        let read = || async {
+            let answer = self.0.store.get(&path).await?;
+            answer.bytes().await
+        };
+        match attempts(|| limited(CONTROL, read())).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            // Without the right to list, what is not there is forbidden.
+            Err(Failure::Missing(_) | Failure::Refused(_)) => Ok(None),
+            Err(failure) => Err(failure.into()),
+        }
+    }
+
+    /// The bucket and prefix, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.0.name
+    }
+
     /// The names of the files right below a place.
     pub(crate) async fn list_files(&self, place: &str) -> Result<Vec<String>, Error> {
         let root = Path::from(self.prefixed(place));
