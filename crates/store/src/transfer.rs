@@ -134,9 +134,10 @@ pub async fn migrate(from: &Location, to: &Location, settings: Settings) -> Resu
     let last = !settings.ahead && !settings.dry_run;
     let source = Source::open(from, last).await?;
     let mark = end::leaving(to)?;
-    let held = match last {
-        true => source.leave(&mark).await,
-        false => Ok(()),
+    let held = if last {
+        source.leave(&mark).await
+    } else {
+        Ok(())
     };
     let outcome = match held {
         Ok(()) => fill(&source, (from, to), settings, &mark, &mut report).await,

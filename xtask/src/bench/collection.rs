@@ -182,7 +182,7 @@ impl Side {
             // The first ones begin one after the other.
             let mut due = start
                 + every.map_or(Duration::ZERO, |every| {
-                    every * u32::try_from(number).unwrap_or(0) / PULLERS as u32
+                    every * u32::try_from(number).unwrap_or(0) / u32::try_from(PULLERS).unwrap_or(1)
                 });
             while start.elapsed() < SLICE {
                 // From when it was due: one that waits for the one before it has waited.

@@ -361,11 +361,11 @@ async fn the_outbox_believes_no_404_but_that_of_the_object() {
             store.cancel_upload(&repository, &id).await.unwrap();
         }
         objects.fail(Request::Delete, fault, FOR_GOOD);
-        if !matches!(fault, Fault::NoSuch("NoSuchKey")) {
+        if matches!(fault, Fault::NoSuch("NoSuchKey")) {
+            objects.fail(Request::DeleteOne, Fault::Status(500), FOR_GOOD);
+        } else {
             objects.fail(Request::Abort, fault, FOR_GOOD);
             objects.fail(Request::DeleteOne, fault, FOR_GOOD);
-        } else {
-            objects.fail(Request::DeleteOne, Fault::Status(500), FOR_GOOD);
         }
         let before = objects.objects();
         assert!(before > 0);
