@@ -141,6 +141,7 @@ impl Claim {
 /// Pushers at work.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,
+    gone: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
     threads: Vec<JoinHandle<Ledger>>,
 }
@@ -159,6 +160,7 @@ impl Load {
 
     fn of_size(urls: &[String], prefix: &str, count: u64, seed: u64, least: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
+        let gone = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
         let threads = (0..count)
             .map(|number| {
@@ -173,6 +175,7 @@ impl Load {
                         ..Ledger::default()
                     },
                     counter: Arc::clone(&acknowledged),
+                    gone: Arc::clone(&gone),
                     round: 0,
                 };
                 let stop = Arc::clone(&stop);
@@ -196,6 +199,7 @@ impl Load {
             .collect();
         Self {
             stop,
+            gone,
             acknowledged,
             threads,
         }
@@ -204,6 +208,11 @@ impl Load {
     /// How many requests were acknowledged so far.
     pub(crate) fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::Relaxed)
+    }
+
+    /// The machine is gone from here on: what is answered later never reached a client.
+    pub(crate) fn goes(&self) {
+        self.gone.store(true, Ordering::SeqCst);
     }
 
     /// Ends the pushers and gives back what they know.
@@ -226,6 +235,8 @@ struct Pusher {
     random: Random,
     ledger: Ledger,
     counter: Arc<AtomicU64>,
+    /// No answer counts any more.
+    gone: Arc<AtomicBool>,
     round: u64,
 }
 
@@ -279,6 +290,9 @@ impl Pusher {
             .as_mut()
             .ok_or(io::ErrorKind::NotConnected)?;
         let answer = connection.request(method, target, headers, body)?;
+        if self.gone.load(Ordering::SeqCst) {
+            return Err(io::Error::other("answered after the machine was gone"));
+        }
         if answer.status() < 300 {
             self.counter.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,9 +1,14 @@
 //! `cargo xtask power-cut`: a real power cut, as far as a file system can tell.
 //!
-//! A killed process leaves the page cache, so it proves nothing about fsync. Here the server writes
-//! to an ext4 of its own in a loop file; in the middle of the load that file system is shut down
-//! without flushing its log, so that only what was synced is there when it is mounted again. In cluster mode
-//! PostgreSQL is on that file system: the replicas live on, and must go on by themselves when it is back.
+//! A killed process leaves the page cache, so it proves nothing about fsync. Here the server writes to an ext4 of its own
+//! in a loop file; in the middle of the load that file system is shut down without flushing its log, so that only what
+//! was synced is there when it is mounted again. In cluster mode PostgreSQL is on that file system: the replicas live on,
+//! and must go on by themselves when it is back.
+//!
+//! An answer counts only when it came before the cut, as after a real one there is none. The file system is no help
+//! later: a sync that is under way then may return as done though its transaction was given up. (A program of eight
+//! threads that append and `fdatasync`, on Linux 6.18: all of 16 121 returns before the request were true, 19 of 47 after
+//! it were not.)
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -181,8 +186,9 @@ fn cut(disk: &Disk, load: &Load, milliseconds: u64) -> anyhow::Result<u64> {
     // The one thing that is measured in time here is when the power goes.
     std::thread::sleep(Duration::from_millis(milliseconds));
     let acknowledged = load.acknowledged();
+    load.goes();
     shut_down(&disk.point)?;
-    // What it says from now on it must not have promised: the pushers still note acknowledgements.
+    // The server meets the dead disk before it is killed.
     std::thread::sleep(Duration::from_millis(100));
     Ok(acknowledged)
 }
