@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci::{Descriptor, Manifest};
+use oci::{Algorithm, Descriptor, Digest, Manifest};
 use store::{Error, Expected, ExpectedPins, GcOptions, Options, Pin, Store, Timestamp};
 
 use crate::engine::{
@@ -124,6 +124,120 @@ async fn a_pin_that_comes_during_the_deletion_of_its_repository_is_missing() {
     assert_eq!(outcome.missing, [(pin.repository, pin.digest)]);
     assert_eq!(store.pins("agent:one").await.unwrap().unwrap().pins, []);
     store.close().await.unwrap();
+}
+
+/// Whoever found a repository before it went waits for the deletion, and then begins it anew or finds nothing: no row comes
+/// to a repository that is being deleted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_comes_to_a_repository_during_its_deletion() {
+    let engine = crate::engine::postgres(Options::default()).await;
+    let store = &engine.store;
+    let client = connect(&engine.url).await;
+    let by = actor();
+    for (seed, operation) in (0..).zip(["manifest", "mount", "source", "blob", "chunks", "upload"])
+    {
+        let text = format!("team/{operation}");
+        let (repository, other) = (name(&text), name("other/app"));
+        let config = push_blob(store, &repository, &content(seed, 50)).await;
+        put(store, &repository, &labelled(&config, seed), &["v1"])
+            .await
+            .unwrap();
+        let shared = push_blob(store, &other, &content(seed + 1000, 50)).await;
+        let fresh = content(seed + 2000, 50);
+        let of = "SELECT id FROM repository WHERE name = $1";
+        let id: i64 = client.query_one(of, &[&text]).await.unwrap().get(0);
+        let rows = async || {
+            let mut rows = Vec::new();
+            for table in [
+                "manifest",
+                "tag",
+                "repository_blob",
+                "upload",
+                "manifest_blob",
+            ] {
+                let count = format!("SELECT COUNT(*) FROM {table} WHERE repository_id = $1");
+                let row = client.query_one(&count, &[&id]).await.unwrap();
+                rows.push((table, row.get::<_, i64>(0)));
+            }
+            rows
+        };
+        let upload = match operation {
+            "chunks" => {
+                let id = store.start_upload(&repository, Algorithm::Sha256, &by);
+                let id = id.await.unwrap();
+                let mut writer = store.claim_upload(&repository, &id).await.unwrap();
+                writer.write(fresh.clone()).await.unwrap();
+                Some(writer)
+            }
+            _ => None,
+        };
+        let before = rows().await;
+        let deletion = connect(&engine.url).await;
+        // What `delete_repository` does, held open.
+        deletion
+            .batch_execute(&format!(
+                "BEGIN; SELECT id FROM repository WHERE id = {id} FOR UPDATE; \
+                 UPDATE repository SET name = '/deleted/' || id, deleted_name = name, deleted_at = 1 \
+                 WHERE id = {id}"
+            ))
+            .await
+            .unwrap();
+        let coming = {
+            let (store, repository, other) = (store.clone(), repository.clone(), other.clone());
+            let (config, shared, fresh) = (config.clone(), shared.clone(), fresh.clone());
+            let by = by.clone();
+            tokio::spawn(async move {
+                let digest = Digest::sha256(&fresh);
+                match operation {
+                    "manifest" => {
+                        let view = labelled(&config, 77);
+                        let done = put(&store, &repository, &view, &["v2"]).await;
+                        // What it names went with the repository.
+                        assert!(matches!(done, Err(Error::MissingReferences(_))), "{done:?}");
+                    }
+                    "mount" => {
+                        let from = [other];
+                        let done = store.mount_blob(&repository, &shared.digest, &from, &by);
+                        assert!(done.await.unwrap());
+                    }
+                    "source" => {
+                        let from = [repository];
+                        let done = store.mount_blob(&other, &config.digest, &from, &by);
+                        assert!(!done.await.unwrap());
+                    }
+                    "blob" => drop(push_blob(&store, &repository, &fresh).await),
+                    "chunks" => {
+                        let done = upload.unwrap().commit(&digest, &by).await;
+                        done.unwrap();
+                    }
+                    _ => {
+                        let done = store.start_upload(&repository, Algorithm::Sha256, &by);
+                        let id = done.await.unwrap();
+                        assert_eq!(store.upload_offset(&repository, &id).await.unwrap(), 0);
+                    }
+                }
+            })
+        };
+        crate::cluster::waiting(&client, "transactionid").await;
+        deletion.batch_execute("COMMIT").await.unwrap();
+        coming.await.unwrap();
+        let mut expected = before;
+        if operation == "chunks" {
+            expected[3].1 -= 1;
+        }
+        assert_eq!(rows().await, expected, "{operation}");
+        // What came is where it was sent: in a repository of the same name that begins.
+        let came = match operation {
+            "mount" => Some(shared.digest),
+            "blob" | "chunks" => Some(Digest::sha256(&fresh)),
+            _ => None,
+        };
+        if let Some(digest) = came {
+            let held = store.stat_blob(&repository, &digest, false).await.unwrap();
+            assert!(held.is_some(), "{operation}");
+        }
+    }
+    engine.store.close().await.unwrap();
 }
 
 /// A few manifests that everybody puts, tags, pins and deletes.
