@@ -247,6 +247,29 @@ pub(crate) async fn renew_manifest(
     lease: Duration,
 ) -> Result<bool, Error> {
     let until = tx.now().plus(lease);
+    extend_manifest(tx, repository, digest, until).await
+}
+
+/// A pin of a manifest is gone or its time is over, however late that was noticed: the lease begins where the pin ended.
+pub(crate) async fn after_pin(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    ended: Timestamp,
+    lease: Duration,
+) -> Result<(), Error> {
+    let until = ended.plus(renewal(lease));
+    extend_manifest(tx, repository, digest, until)
+        .await
+        .map(drop)
+}
+
+async fn extend_manifest(
+    tx: &mut Tx,
+    repository: i64,
+    digest: &Digest,
+    until: Timestamp,
+) -> Result<bool, Error> {
     let renewed = tx
         .query_opt(
             &RENEW_MANIFEST,

@@ -33,8 +33,8 @@ statements! {
     REMOVE = "DELETE FROM pin WHERE holder = $1 AND repository_id = $2 AND digest = $3";
     KEEPERS = "SELECT holder FROM pin WHERE manifest_id = $1 AND (expires_at IS NULL OR expires_at > $2) \
                ORDER BY holder LIMIT 20";
-    REMOVE_OF = "DELETE FROM pin WHERE manifest_id = $1";
-    EXPIRED = "SELECT holder, repository_id, digest FROM pin WHERE expires_at IS NOT NULL AND expires_at <= $1 \
+    REMOVE_OF = "DELETE FROM pin WHERE manifest_id = $1 AND expires_at <= $2";
+    EXPIRED = "SELECT holder, repository_id, digest, expires_at FROM pin WHERE expires_at IS NOT NULL AND expires_at <= $1 \
                ORDER BY holder, repository_id, digest LIMIT 100";
     REMOVE_EXPIRED = "DELETE FROM pin WHERE holder = $1 AND repository_id = $2 AND digest = $3 AND expires_at <= $4";
     SET = "SELECT version, updated_at, updated_by FROM pin_holder WHERE holder = $1";
@@ -378,7 +378,8 @@ impl Body for Replace {
                 changed = true;
                 removed += 1;
                 failpoint("pin.before_remove");
-                release(tx, holder, repository, &digest, self.lease).await?;
+                let ended = kept.and_then(|kept| kept.expires);
+                release(tx, (holder, repository, &digest), ended, self.lease).await?;
                 continue;
             };
             let expires = pin.expires.map(|expires| expires.0);
@@ -472,8 +473,9 @@ impl Body for Remove {
         }
         let pins = held(tx, holder).await?;
         let removed = pins.len();
-        for (repository, digest) in pins.into_keys() {
-            release(tx, holder, repository, &digest, self.lease).await?;
+        for ((repository, digest), kept) in pins {
+            let pin = (holder, repository, &digest);
+            release(tx, pin, kept.expires, self.lease).await?;
         }
         tx.execute(&REMOVE_HOLDER, &[holder.into()]).await?;
         let target = format!("{holder} -{removed}");
@@ -496,15 +498,17 @@ async fn held(tx: &mut Tx, holder: &str) -> Result<BTreeMap<(i64, Digest), Kept>
         .collect()
 }
 
-/// Removes one pin. It was an edge of the manifest, so what it pointed to is kept for a lease and then looked at (`I7`).
+/// Removes one pin. It was an edge of the manifest, so what it pointed to is kept for a lease and then looked at (`I7`). One
+/// whose time was over held nothing since.
 async fn release(
     tx: &mut Tx,
-    holder: &str,
-    repository: i64,
-    digest: &Digest,
+    (holder, repository, digest): (&str, i64, &Digest),
+    expires: Option<i64>,
     lease: std::time::Duration,
 ) -> Result<(), Error> {
-    lease::renew_manifest(tx, repository, digest, lease).await?;
+    let now = tx.now();
+    let ended = expires.map_or(now, |expires| now.min(Timestamp(expires)));
+    lease::after_pin(tx, repository, digest, ended, lease).await?;
     tx.execute(&REMOVE, &[holder.into(), repository.into(), digest.into()])
         .await
         .map(drop)
@@ -516,7 +520,10 @@ pub(crate) async fn refuse(tx: &mut Tx, manifest: i64, digest: &Digest) -> Resul
     let now = tx.now();
     let rows = tx.query(&KEEPERS, &[manifest.into(), now.into()]).await?;
     if rows.is_empty() {
-        return tx.execute(&REMOVE_OF, &[manifest.into()]).await.map(drop);
+        return tx
+            .execute(&REMOVE_OF, &[manifest.into(), now.into()])
+            .await
+            .map(drop);
     }
     Err(Error::Pinned {
         digest: digest.clone(),
@@ -563,12 +570,12 @@ impl Body for Expire {
         }
         let mut ended = Vec::with_capacity(rows.len());
         for row in &rows {
-            ended.push((row.i64(1)?, row.digest(2)?, row.text(0)?));
+            ended.push((row.i64(1)?, row.digest(2)?, row.text(0)?, row.time(3)?));
         }
         // In the order in which everybody locks manifests. What was made to last longer since is only leased in vain.
         ended.sort();
-        for (repository, digest, holder) in &ended {
-            lease::renew_manifest(tx, *repository, digest, self.lease).await?;
+        for (repository, digest, holder, at) in &ended {
+            lease::after_pin(tx, *repository, digest, *at, self.lease).await?;
             failpoint("pin.before_expire");
             tx.execute(
                 &REMOVE_EXPIRED,

@@ -80,7 +80,8 @@ statements! {
                          AND NOT EXISTS (SELECT 1 FROM collection_queue q WHERE q.kind = 'manifest' \
                              AND q.repository_id = m.repository_id AND q.target_id = m.id) \
                          AND NOT EXISTS (SELECT 1 FROM tag t WHERE t.manifest_id = m.id) \
-                         AND NOT EXISTS (SELECT 1 FROM pin n WHERE n.manifest_id = m.id) \
+                         AND NOT EXISTS (SELECT 1 FROM pin n WHERE n.manifest_id = m.id \
+                             AND (n.expires_at IS NULL OR n.expires_at > $1)) \
                          AND NOT EXISTS (SELECT 1 FROM manifest_child c WHERE c.repository_id = m.repository_id \
                              AND c.digest = m.digest) \
                          AND NOT EXISTS (SELECT 1 FROM referrer f JOIN manifest s \

@@ -107,7 +107,7 @@ async fn look_at_manifest(
     }
     let place = known.place;
     let id = candidate.target;
-    match liveness::fate(tx, &rules.gc, place.repository, id).await? {
+    match liveness::fate(tx, rules, place.repository, id).await? {
         Fate::Kept => {
             manifest::fill_child_edges(tx, place.repository, &doomed.digest, id).await?;
             return Ok(left(tx, candidate));

@@ -191,7 +191,7 @@ impl Search<'_> {
                 self.more = true;
                 return Ok(Vec::new());
             }
-            let Some(node) = Node::read(tx, manifest, now).await? else {
+            let Some(node) = Node::read(tx, manifest, now, self.rules.lease).await? else {
                 return Ok(Vec::new());
             };
             let mut reasons = self.own(tx, manifest, &node).await?;

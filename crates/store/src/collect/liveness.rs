@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use oci::{Digest, Tag};
 
+use super::candidate::Rules;
 use super::settings::GcOptions;
 use crate::clock::Timestamp;
 use crate::error::Error;
@@ -26,7 +27,8 @@ statements! {
                 (SELECT t.name FROM tag t WHERE t.manifest_id = m.id \
                      AND SUBSTR(t.name, 1, 7) <> 'sha256-' AND SUBSTR(t.name, 1, 7) <> 'sha512-' LIMIT 1) AS tag, \
                 (SELECT MAX(CASE WHEN p.expires_at IS NULL THEN 9223372036854775807 ELSE p.expires_at END) \
-                     FROM pin p WHERE p.manifest_id = m.id AND (p.expires_at IS NULL OR p.expires_at > $2)) AS pinned \
+                     FROM pin p WHERE p.manifest_id = m.id AND (p.expires_at IS NULL OR p.expires_at > $2)) AS pinned, \
+                (SELECT MAX(p.expires_at) FROM pin p WHERE p.manifest_id = m.id AND p.expires_at <= $2) AS ended \
             FROM manifest m WHERE m.id = $1";
     LIKE_EVIDENCE = "SELECT name FROM tag WHERE manifest_id = $1 AND name > $2 \
                      AND (SUBSTR(name, 1, 7) = 'sha256-' OR SUBSTR(name, 1, 7) = 'sha512-') \
@@ -54,15 +56,15 @@ pub(super) enum Fate {
 /// Decides over a manifest whose row is locked by this transaction, so that no new edge to it can come.
 pub(super) async fn fate(
     tx: &mut Tx,
-    gc: &GcOptions,
+    rules: &Rules,
     repository: i64,
     manifest: i64,
 ) -> Result<Fate, Error> {
     let now = tx.now();
-    let Some(node) = Node::read(tx, manifest, now).await? else {
+    let Some(node) = Node::read(tx, manifest, now, rules.lease).await? else {
         return Ok(Fate::Kept);
     };
-    if let Some(until) = node.leased(gc, now) {
+    if let Some(until) = node.leased(&rules.gc, now) {
         return Ok(Fate::Until(until));
     }
     if node.tagged(tx).await? {
@@ -73,7 +75,7 @@ pub(super) async fn fate(
         return Ok(Fate::Until(until.min(now.plus(AGAIN))));
     }
     let mut walk = Walk {
-        gc,
+        rules,
         repository,
         now,
         seen: BTreeSet::from([manifest]),
@@ -167,13 +169,16 @@ impl Node {
         tx: &mut Tx,
         manifest: i64,
         now: Timestamp,
+        lease: Duration,
     ) -> Result<Option<Self>, Error> {
         let row = tx.query_opt(&NODE, &[manifest.into(), now.into()]).await?;
         row.map(|row: Row| {
+            // A pin whose time is over is no root. Its lease begins at its end, whether or not it was swept yet.
+            let ended = row.opt_i64(5)?.map(|ended| Timestamp(ended).plus(lease));
             Ok(Self {
                 id: manifest,
                 digest: row.digest(0)?,
-                lease_until: row.time(1)?,
+                lease_until: ended.max(Some(row.time(1)?)).unwrap_or_default(),
                 created_at: row.time(2)?,
                 tag: row.opt_text(3)?,
                 pinned: row.opt_i64(4)?.map(Timestamp),
@@ -255,7 +260,7 @@ enum Next {
 }
 
 struct Walk<'a> {
-    gc: &'a GcOptions,
+    rules: &'a Rules,
     repository: i64,
     now: Timestamp,
     seen: BTreeSet<i64>,
@@ -265,7 +270,7 @@ impl Walk<'_> {
     fn step(&self, node: &Node, origin: bool) -> Step {
         Step {
             digest: node.digest.clone(),
-            waits: node.waits(self.gc, self.now),
+            waits: node.waits(&self.rules.gc, self.now),
             origin,
             next: Next::Parents(i64::MIN),
         }
@@ -313,10 +318,10 @@ impl Walk<'_> {
                 if self.seen.len() > MAX_WALK {
                     return Ok(Above::TooFar);
                 }
-                let Some(node) = Node::read(tx, manifest, self.now).await? else {
+                let Some(node) = Node::read(tx, manifest, self.now, self.rules.lease).await? else {
                     continue;
                 };
-                let rooted = node.leased(self.gc, self.now).is_some()
+                let rooted = node.leased(&self.rules.gc, self.now).is_some()
                     || node.pinned.is_some()
                     || node.tagged(tx).await?;
                 if rooted {

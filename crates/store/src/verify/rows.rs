@@ -102,7 +102,8 @@ async fn check_queue(tx: &mut Tx, report: &mut VerifyReport) -> Result<(), Error
             row.digest(0)?
         ));
     }
-    for row in tx.query(&UNHELD_MANIFEST, &[]).await? {
+    let now = tx.now();
+    for row in tx.query(&UNHELD_MANIFEST, &[now.into()]).await? {
         report.problem(format!(
             "manifest `{}@{}` is held by nothing and waits in no queue",
             row.text(0)?,

@@ -42,6 +42,7 @@ pub(crate) async fn keeps_the_contract(store: &Store) {
     absent_content_keeps_what_comes(store).await;
     repositories_go_in_steps(store).await;
     pins_keep(store).await;
+    the_lease_begins_where_a_pin_ends(store).await;
     reasons_are_told(store).await;
     a_dry_run_tells_what_the_run_does(store).await;
     nothing_is_left(store).await;
@@ -92,8 +93,10 @@ async fn a_tag_among_many_of_evidence_keeps(store: &Store) {
     let mut names: Vec<_> = tags.iter().map(String::as_str).collect();
     names.push("sha256-fff");
     let view = push_image(store, &repository, 40, &names).await;
-    lease_over(store).await;
-    lease_over(store).await;
+    // Longer than evidence waits for a subject that never came.
+    for _ in 0..8 {
+        lease_over(store).await;
+    }
     assert!(there(store, &repository, &view).await);
     untag(store, &repository, "sha256-fff").await;
     lease_over(store).await;
@@ -488,6 +491,62 @@ async fn pins_keep(store: &Store) {
     lease_over(store).await;
     assert!(!there(store, &repository, &view).await);
     assert!(!there(store, &repository, &child).await);
+    lease_over(store).await;
+}
+
+/// Whether or not somebody swept: a pin that has ended is no root, and what it held is kept for a lease from its end.
+async fn the_lease_begins_where_a_pin_ends(store: &Store) {
+    let repository = name("gc/pin-ends");
+    let lease = options().lease;
+    let swept = push_image(store, &repository, 86, &[]).await;
+    let unswept = push_image(store, &repository, 87, &[]).await;
+    let freed = push_image(store, &repository, 88, &[]).await;
+    let late = push_image(store, &repository, 89, &[]).await;
+    let leased = async |view: &Manifest| {
+        let kept = store.kept(&repository, &described(view).digest).await;
+        match kept.unwrap().unwrap().reasons[..] {
+            [Reason::Lease { until, .. }] => Some(until),
+            [] => None,
+            ref other => panic!("{other:?}"),
+        }
+    };
+    let pinned = [(&swept, 50), (&unswept, 50), (&freed, 0), (&late, 50)];
+    pin(store, &repository, &pinned).await;
+    let set = store.pins(HOLDER).await.unwrap().unwrap();
+    let end = set.pins.iter().find_map(|held| held.pin.expires).unwrap();
+    store.advance_clock(Duration::from_hours(60));
+    // The time of the pin is over, and nobody has swept. The collector and its reasons agree.
+    assert_eq!(leased(&unswept).await, Some(end.plus(lease)));
+    assert_eq!(leased(&swept).await, Some(end.plus(lease)));
+    let dry = store.collection_dry_run(None, 200).await.unwrap();
+    for view in [&swept, &unswept, &late] {
+        let digest = described(view).digest;
+        assert!(
+            dry.items
+                .iter()
+                .all(|item| item.digest != Some(digest.clone()))
+        );
+    }
+    // Let go: from now. Of one that had ended: from its end.
+    let before = store_now(store).await;
+    pin(store, &repository, &[]).await;
+    assert!(leased(&freed).await.unwrap() >= before.plus(lease));
+    assert_eq!(leased(&late).await, Some(end.plus(lease)));
+    pin(store, &repository, &[(&swept, 2)]).await;
+    let set = store.pins(HOLDER).await.unwrap().unwrap();
+    let again = set.pins[0].pin.expires.unwrap();
+    store.advance_clock(Duration::from_hours(3));
+    store.maintain_once().await.unwrap();
+    assert!(store.pins(HOLDER).await.unwrap().unwrap().pins.is_empty());
+    assert_eq!(leased(&swept).await, Some(again.plus(lease)));
+    // 75 hours: the leases of those whose pin ended after 50 are over, not the others.
+    store.advance_clock(Duration::from_hours(12));
+    assert_eq!(leased(&late).await, None);
+    store.maintain_once().await.unwrap();
+    assert!(!there(store, &repository, &unswept).await && !there(store, &repository, &late).await);
+    assert!(there(store, &repository, &swept).await && there(store, &repository, &freed).await);
+    lease_over(store).await;
+    assert!(!there(store, &repository, &swept).await && !there(store, &repository, &freed).await);
     lease_over(store).await;
 }
 
