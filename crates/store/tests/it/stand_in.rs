@@ -126,10 +126,8 @@ impl StandIn {
         state.requests.iter().filter(|one| **one == request).count()
     }
 
-    /// Objects of blobs: not what says whose place it is.
     pub(crate) fn objects(&self) -> usize {
-        let state = self.state.lock().unwrap();
-        state.objects.keys().filter(|key| is_blob(key)).count()
+        self.state.lock().unwrap().objects.len()
     }
 
     pub(crate) fn uploads(&self) -> usize {
@@ -149,11 +147,10 @@ impl StandIn {
         state.objects.retain(|_, object| object != bytes);
     }
 
-    /// Changes every object of a blob.
+    /// Changes every object.
     pub(crate) fn damage(&self) {
         let mut state = self.state.lock().unwrap();
-        let blobs = state.objects.iter_mut().filter(|(key, _)| is_blob(key));
-        for (_, bytes) in blobs {
+        for bytes in state.objects.values_mut() {
             let mut changed = bytes.to_vec();
             changed[0] ^= 1;
             *bytes = changed.into();
@@ -411,9 +408,7 @@ fn act(
         }
         Request::List => {
             let mut objects = String::new();
-            let prefix = query.get("prefix").unwrap_or(&"").replace("%2F", "/");
-            let listed = state.objects.iter();
-            for (key, bytes) in listed.filter(|(key, _)| key.starts_with(&prefix)) {
+            for (key, bytes) in &state.objects {
                 let size = bytes.len();
                 write!(objects, "<Contents><Key>{key}</Key><Size>{size}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>").unwrap();
             }
@@ -423,10 +418,6 @@ fn act(
             )
         }
     }
-}
-
-fn is_blob(key: &str) -> bool {
-    key.starts_with("o/")
 }
 
 fn no_upload() -> Answer {
