@@ -8,46 +8,162 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::audit;
 use crate::blob::StorageKey;
 use crate::blob::file_system::FileSystem;
 use crate::blob::objects::Objects;
 use crate::blob::s3::S3;
-use crate::clock::random_name;
+use crate::clock::{Timestamp, random_name};
+use crate::collect::{self, Kind};
 use crate::directory::{self, Directory};
 use crate::error::Error;
 use crate::identity::{self, Claim, Place};
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::model::{Actor, Options};
-use crate::sql::{Body, Context, Db, Tx, WriteKind, statements};
-use crate::{audit, collect};
+use crate::sql::{Body, Context, Db, Statement, Tx, WriteKind, statements};
 
 statements! {
     SET_EPOCH = "INSERT INTO meta (key, value) VALUES ('epoch', $1) \
                  ON CONFLICT (key) DO UPDATE SET value = excluded.value";
     END_UPLOADS = "UPDATE upload SET expires_at = $1, claimed_by = NULL, claimed_until = NULL \
-                   WHERE expires_at > $1";
-    UPLOADS_DUE = "UPDATE collection_queue SET due_at = $1 WHERE kind = 'upload' AND due_at > $1";
-    LEASE_BLOBS = "UPDATE repository_blob SET lease_until = $1 WHERE lease_until < $1 AND EXISTS ( \
-                       SELECT 1 FROM collection_queue q WHERE q.kind = 'repository_blob' \
-                       AND q.repository_id = repository_blob.repository_id \
-                       AND q.target_id = repository_blob.blob_id)";
-    LEASE_MANIFESTS = "UPDATE manifest SET lease_until = $1 WHERE lease_until < $1 AND EXISTS ( \
-                           SELECT 1 FROM collection_queue q WHERE q.kind = 'manifest' \
-                           AND q.repository_id = manifest.repository_id AND q.target_id = manifest.id)";
-    POSTPONE = "UPDATE collection_queue SET due_at = $1 WHERE kind <> 'upload' AND due_at < $1";
+                   WHERE id IN (SELECT id FROM upload WHERE expires_at > $1 ORDER BY id LIMIT $2)";
+    // Pages of the queue, which is walked in the order of its key.
+    PAGE = "SELECT repository_id, target_id FROM collection_queue \
+            WHERE kind = $1 AND (repository_id, target_id) > ($2, $3) ORDER BY repository_id, target_id LIMIT $4";
+    UPLOADS_DUE = "UPDATE collection_queue SET due_at = $5 WHERE kind = 'upload' AND due_at > $5 \
+                   AND (repository_id, target_id) > ($1, $2) AND (repository_id, target_id) <= ($3, $4)";
+    LEASE_BLOBS = "UPDATE repository_blob SET lease_until = $5 WHERE lease_until < $5 AND (repository_id, blob_id) IN ( \
+                       SELECT q.repository_id, q.target_id FROM collection_queue q WHERE q.kind = 'repository_blob' \
+                       AND (q.repository_id, q.target_id) > ($1, $2) AND (q.repository_id, q.target_id) <= ($3, $4))";
+    LEASE_MANIFESTS = "UPDATE manifest SET lease_until = $5 WHERE lease_until < $5 AND id IN ( \
+                           SELECT q.target_id FROM collection_queue q WHERE q.kind = 'manifest' \
+                           AND (q.repository_id, q.target_id) > ($1, $2) AND (q.repository_id, q.target_id) <= ($3, $4))";
+    POSTPONE = "UPDATE collection_queue SET due_at = $5 WHERE kind = $6 AND due_at < $5 \
+                AND (repository_id, target_id) > ($1, $2) AND (repository_id, target_id) <= ($3, $4)";
     KNOWN = "SELECT storage_key FROM blob WHERE storage_key = $1 \
              UNION ALL SELECT storage_key FROM upload WHERE $1 IN (storage_key, tail_key, next_tail_key) \
              UNION ALL SELECT storage_key FROM deletion WHERE storage_key = $1";
-    POSTPONE_DELETIONS = "UPDATE deletion SET due_at = $1 WHERE due_at < $1";
+    POSTPONE_DELETIONS = "UPDATE deletion SET due_at = $1 WHERE storage_key IN ( \
+                              SELECT storage_key FROM deletion WHERE due_at < $1 ORDER BY due_at LIMIT $2)";
 }
 
-/// Marks a restored database.
-pub(crate) struct Adopt {
-    pub(crate) epoch: String,
-    pub(crate) lease: Duration,
-    pub(crate) actor: Actor,
-    /// What was restored, for the audit record.
-    pub(crate) target: String,
+/// Marks a restored database, of which `target` tells the audit record. Each step is a transaction of bounded length;
+/// the new epoch comes with the last one.
+pub(crate) async fn restored(
+    db: &Db,
+    now: Timestamp,
+    lease: Duration,
+    epoch: String,
+    target: String,
+) -> Result<Adopted, Error> {
+    let until = now.plus(lease);
+    let uploads = repeat(db, &END_UPLOADS, now).await?;
+    let mut leases = 0;
+    for kind in Kind::ALL {
+        let to = if kind == Kind::Upload { now } else { until };
+        let mut after = Some((i64::MIN, i64::MIN));
+        while let Some(from) = after {
+            let page = Page {
+                kind,
+                after: from,
+                to,
+            };
+            let (changed, last) = db.write(page).await?;
+            leases += changed;
+            after = last;
+        }
+    }
+    repeat(db, &POSTPONE_DELETIONS, until).await?;
+    let actor = actor();
+    db.write(Mark {
+        epoch: epoch.clone(),
+        actor,
+        target,
+    })
+    .await?;
+    Ok(Adopted {
+        epoch,
+        uploads,
+        leases,
+        unknown: 0,
+    })
+}
+
+/// Runs a statement that changes some rows until there are none; how many it changed.
+async fn repeat(db: &Db, statement: &'static Statement, time: Timestamp) -> Result<u64, Error> {
+    let mut changed = 0;
+    loop {
+        match db.write(Few { statement, time }).await? {
+            0 => return Ok(changed),
+            some => changed += some,
+        }
+    }
+}
+
+struct Few {
+    statement: &'static Statement,
+    time: Timestamp,
+}
+
+impl Body for Few {
+    type Output = u64;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<u64, Error> {
+        tx.execute(self.statement, &[self.time.into(), BATCH.into()])
+            .await
+    }
+}
+
+/// Candidates of the queue after one of them: what they may take gets a lease, and they come later.
+struct Page {
+    kind: Kind,
+    after: (i64, i64),
+    to: Timestamp,
+}
+
+impl Body for Page {
+    /// How many leases there were, and the last candidate, when more may follow.
+    type Output = (u64, Option<(i64, i64)>);
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Self::Output, Error> {
+        let (repository, target) = self.after;
+        let kind = self.kind.name();
+        let page = [kind.into(), repository.into(), target.into(), BATCH.into()];
+        let rows = tx.query(&PAGE, &page).await?;
+        let Some(last) = rows.last() else {
+            return Ok((0, None));
+        };
+        let last = (last.i64(0)?, last.i64(1)?);
+        let range = [
+            repository.into(),
+            target.into(),
+            last.0.into(),
+            last.1.into(),
+            self.to.into(),
+        ];
+        let leases = match self.kind {
+            Kind::Upload => {
+                tx.execute(&UPLOADS_DUE, &range).await?;
+                0
+            }
+            Kind::RepositoryBlob => tx.execute(&LEASE_BLOBS, &range).await?,
+            Kind::Manifest => tx.execute(&LEASE_MANIFESTS, &range).await?,
+            Kind::Repository | Kind::Blob => 0,
+        };
+        if self.kind != Kind::Upload {
+            let range = [&range[..], &[kind.into()]].concat();
+            tx.execute(&POSTPONE, &range).await?;
+        }
+        Ok((leases, (rows.len() == BATCH).then_some(last)))
+    }
+}
+
+struct Mark {
+    epoch: String,
+    actor: Actor,
+    target: String,
 }
 
 /// What an adoption changed.
@@ -72,27 +188,13 @@ pub struct AdoptOptions {
     pub discard_unknown: bool,
 }
 
-impl Body for Adopt {
-    type Output = Adopted;
+impl Body for Mark {
+    type Output = ();
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut Tx) -> Result<Adopted, Error> {
-        let now = tx.now();
-        let until = now.plus(self.lease);
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
         tx.execute(&SET_EPOCH, &[(&self.epoch).into()]).await?;
-        let uploads = tx.execute(&END_UPLOADS, &[now.into()]).await?;
-        tx.execute(&UPLOADS_DUE, &[now.into()]).await?;
-        let blobs = tx.execute(&LEASE_BLOBS, &[until.into()]).await?;
-        let manifests = tx.execute(&LEASE_MANIFESTS, &[until.into()]).await?;
-        tx.execute(&POSTPONE, &[until.into()]).await?;
-        tx.execute(&POSTPONE_DELETIONS, &[until.into()]).await?;
-        audit::allowed(tx, &self.actor, "restore", self.target.clone()).await?;
-        Ok(Adopted {
-            epoch: self.epoch.clone(),
-            uploads,
-            leases: blobs + manifests,
-            unknown: 0,
-        })
+        audit::allowed(tx, &self.actor, "restore", self.target.clone()).await
     }
 }
 
@@ -134,24 +236,23 @@ pub async fn adopt(
         }
         ObjectLocation::S3(bucket) => (Objects::S3(S3::connect(bucket).await?), None),
     };
+    let context = Context::new();
+    let now = context.clock.now();
     // Not the whole store: one that runs ends itself when it sees another epoch.
     let (db, _lock) = match &location.database {
         DatabaseLocation::Sqlite(data) => {
             let lock = Directory::open_existing(data)?;
             let path = directory::database(data);
-            (Db::open_sqlite(&path, false, Context::new())?, Some(lock))
+            (Db::open_sqlite(&path, false, context)?, Some(lock))
         }
         DatabaseLocation::Postgres(url) => {
             let connections = options.database_connections;
-            (
-                Db::open_postgres(url, connections, Context::new()).await?,
-                None,
-            )
+            (Db::open_postgres(url, connections, context).await?, None)
         }
     };
     let place = Place::new(location, &objects);
     let adopted = match identity::claim(&db, &place, Claim::Adopt).await {
-        Ok(_) => mark(&db, &objects, options.lease, how.discard_unknown).await,
+        Ok(_) => mark(&db, &objects, now, options.lease, how.discard_unknown).await,
         Err(refused) => Err(refused),
     };
     db.close().await?;
@@ -161,17 +262,12 @@ pub async fn adopt(
 async fn mark(
     db: &Db,
     objects: &Objects,
+    now: Timestamp,
     lease: Duration,
     discard: bool,
 ) -> Result<Adopted, Error> {
-    let mut adopted = db
-        .write(Adopt {
-            epoch: random_name()?,
-            lease,
-            actor: actor(),
-            target: "database".to_owned(),
-        })
-        .await?;
+    let target = "database".to_owned();
+    let mut adopted = restored(db, now, lease, random_name()?, target).await?;
     let listed = objects.list().await?;
     let keys: Vec<StorageKey> = listed.into_iter().filter_map(|(_, key)| key).collect();
     for keys in keys.chunks(BATCH) {
@@ -226,5 +322,5 @@ pub(crate) fn actor() -> Actor {
     }
 }
 
-/// Objects that one transaction looks for.
+/// Rows that one transaction changes, and objects that it looks for.
 const BATCH: usize = 500;

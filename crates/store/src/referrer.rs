@@ -123,23 +123,16 @@ async fn add(
     .map(drop)
 }
 
-/// Ends the edge that an evidence tag made, unless another tag of the same subject makes it as well.
+/// Ends the edge that an evidence tag made. No other tag of the same subject makes it as well.
 pub(crate) async fn unlink_tag(
     tx: &mut Tx,
     repository: i64,
     tag: &Tag,
     digest: &Digest,
-    others: &[Tag],
 ) -> Result<(), Error> {
     let Some(subject) = tag.subject() else {
         return Ok(());
     };
-    if others
-        .iter()
-        .any(|other| other.subject().as_ref() == Some(&subject))
-    {
-        return Ok(());
-    }
     tx.execute(
         &UNLINK_TAG,
         &[repository.into(), (&subject).into(), digest.into()],

@@ -229,7 +229,9 @@ async fn build(
     progress: Progress,
 ) -> Result<Reindexed, Error> {
     let mut report = Reindexed::default();
-    db.write(Begin).await?;
+    if db.write(Begin).await? {
+        transfer::empty(db).await?;
+    }
     meta::epoch(db).await?;
     identity::claim(db, place, how).await?;
     let index = Index::read(shelf, &mut report).await?;
@@ -250,14 +252,14 @@ async fn build(
 /// Tells how far the work is.
 type Progress = Arc<dyn Fn(ReindexProgress) + Send + Sync>;
 
-/// Writes the journal into an empty database; empties one that an earlier run did not fill to its end.
+/// Writes the journal into an empty database; `true`: an earlier run did not fill it to its end, and it must be emptied.
 struct Begin;
 
 impl Body for Begin {
-    type Output = ();
+    type Output = bool;
     const KIND: WriteKind = WriteKind::Maintenance;
 
-    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+    async fn run(&self, tx: &mut Tx) -> Result<bool, Error> {
         if let Some(row) = tx.query_opt(&GET_JOURNAL, &[]).await? {
             if row.text(0)? != transfer::REINDEX {
                 return Err(Error::Moving(
@@ -265,14 +267,15 @@ impl Body for Begin {
                         .to_owned(),
                 ));
             }
-            return transfer::empty(tx).await;
+            return Ok(true);
         }
         if tx.query_opt(&ANY_REPOSITORY, &[]).await?.is_some() {
             return Err(Error::Database(
                 "the database holds repositories, so it is not lost".to_owned(),
             ));
         }
-        tx.execute(&BEGIN_JOURNAL, &[]).await.map(drop)
+        tx.execute(&BEGIN_JOURNAL, &[]).await?;
+        Ok(false)
     }
 }
 

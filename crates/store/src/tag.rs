@@ -29,6 +29,7 @@ statements! {
     ADD_HISTORY = "INSERT INTO tag_event (repository_id, name, generation, digest, actor, request, at) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7)";
     OF_MANIFEST = "SELECT name FROM tag WHERE manifest_id = $1 ORDER BY name";
+    ALSO_OF = "SELECT name FROM tag WHERE repository_id = $1 AND manifest_id = $2 AND name IN ($3, $4, $5, $6) LIMIT 1";
     SOME_OF = "SELECT name FROM tag WHERE manifest_id = $1 LIMIT 100";
     TAKE_OF = "SELECT name, generation FROM tag WHERE manifest_id = $1 ORDER BY name {for update}";
     FIND = "SELECT m.digest, t.generation, t.updated_at FROM repository r \
@@ -291,8 +292,13 @@ async fn remove(
         .await?;
     add_history(tx, change, tag, current.generation + 1, None).await?;
     if tag.subject().is_some() {
-        let others = names_of(tx, current.manifest).await?;
-        referrer::unlink_tag(tx, repository, tag, &current.digest, &others).await?;
+        // The other tags that make the same edge are known by name: a manifest may have any number of others.
+        let stem = tag.as_str().split('.').next().unwrap_or_default();
+        let mut also = vec![repository.into(), current.manifest.into()];
+        also.extend(["", ".sig", ".att", ".sbom"].map(|end| format!("{stem}{end}").into()));
+        if tx.query_opt(&ALSO_OF, &also).await?.is_none() {
+            referrer::unlink_tag(tx, repository, tag, &current.digest).await?;
+        }
     }
     failpoint("delete.after_rows");
     events.push(NewEvent {

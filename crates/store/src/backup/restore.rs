@@ -11,7 +11,7 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::layout::{Layout, Line, Log, SEGMENT_BYTES, Segment};
 use super::wal::{Cursor, HEADER};
-use crate::adopt::{self, Adopt};
+use crate::adopt;
 use crate::blob::file_system::{FileSystem, StorageKey, sync_directory};
 use crate::blocking::blocking;
 use crate::clock::{Timestamp, random_name};
@@ -70,17 +70,12 @@ pub async fn restore(
 
 async fn complete(prepared: Prepared, options: &Options) -> Result<Restored, Error> {
     let context = Context::new();
+    let now = context.clock.now();
     let database = prepared.database.clone();
     let db = blocking(move || Db::open_sqlite(&database, false, context)).await?;
     let epoch = random_name()?;
-    let adopted = db
-        .write(Adopt {
-            epoch: epoch.clone(),
-            lease: options.lease,
-            actor: adopt::actor(),
-            target: format!("{} at {}", prepared.line.display(), prepared.at.0),
-        })
-        .await;
+    let target = format!("{} at {}", prepared.line.display(), prepared.at.0);
+    let adopted = adopt::restored(&db, now, options.lease, epoch.clone(), target).await;
     db.close().await?;
     drop(db);
     adopted?;

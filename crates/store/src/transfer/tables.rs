@@ -218,14 +218,82 @@ impl Pages {
 }
 
 /// Empties a database that a reindex did not fill to its end. Counters, keys and the audit record were there before.
-pub(crate) async fn empty(tx: &mut Tx) -> Result<(), Error> {
+pub(crate) async fn empty(db: &Db) -> Result<(), Error> {
     for table in TABLES.iter().rev() {
         if !["meta", "counter", "token_key", "chain", "audit"].contains(&table.name) {
-            let delete = Statement::made(format!("DELETE FROM {}", table.name));
-            tx.execute(delete, &[]).await?;
+            clear(db, table, "").await?;
         }
     }
     Ok(())
+}
+
+/// Deletes rows of a table, a page in each transaction: a statement has a limit of time, whatever the size of the table.
+async fn clear(db: &Db, table: &Table, condition: &str) -> Result<(), Error> {
+    let mut page = ClearPage::new(table, condition);
+    while let Some(last) = db.write(page.clone()).await? {
+        page.after = Some(last);
+    }
+    Ok(())
+}
+
+/// Deletes the rows of the next page of keys; tells the last key, or nothing at the end.
+#[derive(Clone)]
+struct ClearPage {
+    first: &'static Statement,
+    next: &'static Statement,
+    delete_first: &'static Statement,
+    delete_next: &'static Statement,
+    after: Option<Vec<Value>>,
+}
+
+impl ClearPage {
+    fn new(table: &Table, condition: &str) -> Self {
+        let (name, key, count) = (table.name, table.key.join(", "), table.key.len());
+        let marks = |from: usize| {
+            let marks: Vec<String> = (from..from + count).map(|at| format!("${at}")).collect();
+            marks.join(", ")
+        };
+        let (low, high) = (marks(1), marks(count + 1));
+        let page = CLEARED_AT_ONCE;
+        Self {
+            first: Statement::made(format!(
+                "SELECT {key} FROM {name} ORDER BY {key} LIMIT {page}"
+            )),
+            next: Statement::made(format!(
+                "SELECT {key} FROM {name} WHERE ({key}) > ({low}) ORDER BY {key} LIMIT {page}"
+            )),
+            delete_first: Statement::made(format!(
+                "DELETE FROM {name} WHERE ({key}) <= ({low}){condition}"
+            )),
+            delete_next: Statement::made(format!(
+                "DELETE FROM {name} WHERE ({key}) > ({low}) AND ({key}) <= ({high}){condition}"
+            )),
+            after: None,
+        }
+    }
+}
+
+impl Body for ClearPage {
+    type Output = Option<Vec<Value>>;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Self::Output, Error> {
+        let after = self.after.as_deref().unwrap_or_default();
+        let page = match &self.after {
+            None => tx.query(self.first, &[]).await?,
+            Some(_) => tx.query(self.next, after).await?,
+        };
+        let whole = page.len() == CLEARED_AT_ONCE;
+        let Some(last) = page.into_iter().next_back().map(Row::into_values) else {
+            return Ok(None);
+        };
+        let delete = match &self.after {
+            None => self.delete_first,
+            Some(_) => self.delete_next,
+        };
+        tx.execute(delete, &[after, &last].concat()).await?;
+        Ok(whole.then_some(last))
+    }
 }
 
 /// Counts the rows of a table.
@@ -245,24 +313,19 @@ pub(crate) struct Carrying<'a> {
 impl Carrying<'_> {
     /// Empties every table of the destination but the blobs, which the objects' pass keeps.
     pub(crate) async fn wipe(&self) -> Result<(), Error> {
-        let mut statements = Vec::new();
         for table in TABLES.iter().rev() {
             let condition = match table.carry {
                 Carry::Blobs | Carry::Left => continue,
                 // What the objects' pass put there is ours.
                 Carry::WithObjects if !self.objects_stay => continue,
                 Carry::Meta => format!(
-                    "WHERE key NOT IN ({})",
+                    " AND key NOT IN ({})",
                     OF_THE_PLACE.map(|key| format!("'{key}'")).join(", ")
                 ),
                 _ => String::new(),
             };
-            statements.push(Statement::made(format!(
-                "DELETE FROM {} {condition}",
-                table.name
-            )));
+            clear(self.to, table, &condition).await?;
         }
-        self.to.write(Execute(statements)).await?;
         failpoint("carry.after_wipe");
         Ok(())
     }
@@ -369,7 +432,10 @@ impl Carrying<'_> {
                 }
             }
         }
-        self.to.write(Discard(out)).await
+        for page in out.chunks(DISCARDED_AT_ONCE) {
+            self.to.write(Discard(page.to_vec())).await?;
+        }
+        Ok(())
     }
 }
 
@@ -595,3 +661,8 @@ pub(crate) fn discard_statement() -> &'static Statement {
 pub(crate) fn journal(epoch: &str) -> String {
     json!({"version": 1, "source": epoch}).to_string()
 }
+
+/// Rows that one transaction deletes where a table is emptied.
+const CLEARED_AT_ONCE: usize = 2000;
+/// Objects that one transaction puts into the outbox.
+const DISCARDED_AT_ONCE: usize = 500;

@@ -324,6 +324,26 @@ async fn evidence_goes_with_its_subject(store: &Store) {
     assert!(!there(store, &repository, &listed).await);
     lease_over(store).await;
 
+    // Two tags of one subject make one edge, which goes with the last of them.
+    let subject = push_image(store, &repository, 46, &["v1"]).await;
+    let digest = described(&subject).digest;
+    let tags = ["", ".sig", ".att"].map(|end| format!("sha256-{}{end}", digest.hex()));
+    let [plain, signature, attestation] = &tags;
+    let evidence = push_image(store, &repository, 47, &[plain, signature, attestation]).await;
+    for gone in [plain, attestation, signature] {
+        let listed = store.referrers(&repository, &digest, None, None, 10).await;
+        let listed: Vec<_> = listed.unwrap().into_iter().collect();
+        assert_eq!(listed.len(), 1, "before `{gone}` goes");
+        assert_eq!(listed[0].descriptor.digest, described(&evidence).digest);
+        untag(store, &repository, gone).await;
+    }
+    let listed = store.referrers(&repository, &digest, None, None, 10).await;
+    assert!(listed.unwrap().is_empty());
+    untag(store, &repository, "v1").await;
+    for _ in 0..3 {
+        lease_over(store).await;
+    }
+
     // Evidence whose tag was deleted is no evidence any more, while its subject stays.
     let subject = push_image(store, &repository, 43, &["v1"]).await;
     let signature = format!("sha256-{}.sig", described(&subject).digest.hex());

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use oci::Algorithm;
 use store::{
     AdoptOptions, DatabaseLocation, Error, Location, ObjectLocation, Options, Store, VerifyOptions,
     adopt, reindex_at, verify_at,
 };
 
-use crate::engine::{assert_sound, content, name, push_blob, read_blob};
+use crate::engine::{actor, assert_sound, content, image, name, push_blob, put, read_blob};
 use crate::postgres::Server;
 
 #[tokio::test]
@@ -29,7 +30,16 @@ pub(crate) async fn contract(server: Option<&Server>) {
     };
     let ours = at("first", "objects");
     let store = open(&ours).await.unwrap();
-    let blob = push_blob(&store, &name("team/app"), &content(1, 40_000)).await;
+    let repository = name("team/app");
+    let blob = push_blob(&store, &repository, &content(1, 40_000)).await;
+    // An adoption gives all of these a new time.
+    put(&store, &repository, &image(&blob, &[]), &[])
+        .await
+        .unwrap();
+    store
+        .start_upload(&repository, Algorithm::Sha256, &actor())
+        .await
+        .unwrap();
     store.close().await.unwrap();
     open(&ours).await.unwrap().close().await.unwrap();
 
@@ -53,7 +63,8 @@ pub(crate) async fn contract(server: Option<&Server>) {
         matches!(elsewhere, Err(Error::Unusable { .. })),
         "{elsewhere:?}"
     );
-    adopt(&ours, Options::default(), force()).await.unwrap();
+    let adopted = adopt(&ours, Options::default(), force()).await.unwrap();
+    assert_eq!((adopted.uploads, adopted.leases), (1, 2));
     assert_eq!(std::fs::read(&file).unwrap(), identity);
 
     // A program that died while it made the identity: the next one goes on, at the same place alone.

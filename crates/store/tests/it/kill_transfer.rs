@@ -10,11 +10,13 @@ use serde_json::json;
 use store::import::{self, Layouts, Placement, Plans, Report, Shape, StoreSink};
 use store::transfer::{self, Settings, Verify};
 use store::{
-    DatabaseLocation, Error, Location, ObjectLocation, Options, Store, verify_audit, verify_store,
+    DatabaseLocation, Error, Location, ObjectLocation, Options, Store, VerifyOptions, verify_at,
+    verify_audit, verify_audit_at, verify_store,
 };
 
-use crate::engine::{content, image, name, push_blob, put, tag};
+use crate::engine::{content, image, name, push_blob, put, read_blob, tag};
 use crate::postgres::Server;
+use crate::stand_in::StandIn;
 
 const DIRECTORY: &str = "STORE_KILL_TRANSFER_DIRECTORY";
 
@@ -119,6 +121,141 @@ async fn a_migration_that_is_killed_at_any_step_goes_on() {
             Store::open(&from, Options::default()).await.is_err(),
             "`{point}`"
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_to_a_cluster_that_is_killed_at_any_step_goes_on() {
+    let server = Server::start().await;
+    for point in points("carry.") {
+        between(&server, point, Way::ToCluster).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_from_a_cluster_that_is_killed_at_any_step_goes_on() {
+    let server = Server::start().await;
+    for point in points("carry.").into_iter().chain(["carry.after_leaving"]) {
+        between(&server, point, Way::FromCluster).await;
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    ToCluster,
+    FromCluster,
+}
+
+/// Where the source and the destination of a child are.
+fn ends(directory: &Path) -> (Location, Location) {
+    let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
+    let embedded = Location::embedded(directory.join("data"));
+    let cluster = StandIn::at(&read("endpoint"), DatabaseLocation::Postgres(read("url")));
+    match read("way").as_str() {
+        "to" => (embedded, cluster),
+        _ => (cluster, embedded),
+    }
+}
+
+async fn carry_between(directory: &Path) -> transfer::Report {
+    let settings = Settings {
+        verify: Verify::Full,
+        ..Settings::default()
+    };
+    let (from, to) = ends(directory);
+    transfer::migrate(&from, &to, settings).await.unwrap()
+}
+
+/// One run that is killed at a point, and the next one, between a directory and PostgreSQL with an object store.
+async fn between(server: &Server, point: &str, way: Way) {
+    let directory = tempfile::tempdir().unwrap();
+    let objects = StandIn::start().await;
+    let place = point.replace('.', "_");
+    let url = server.database(&place).await;
+    let text = if way == Way::ToCluster { "to" } else { "from" };
+    for (name, text) in [
+        ("endpoint", &*objects.endpoint),
+        ("url", &*url),
+        ("way", text),
+    ] {
+        std::fs::write(directory.path().join(name), text).unwrap();
+    }
+    let (from, to) = ends(directory.path());
+    let store = Store::open_at(&from, Options::default()).await.unwrap();
+    let repository = name("a/b");
+    let config = push_blob(&store, &repository, &content(1, 100)).await;
+    let large = push_blob(&store, &repository, &content(2, 700_000)).await;
+    let view = image(&config, std::slice::from_ref(&large));
+    put(&store, &repository, &view, &["v1", "v2"])
+        .await
+        .unwrap();
+    store.seal().await.unwrap();
+    let epoch = store.epoch().to_owned();
+    let newest = store.event_bounds().await.unwrap().newest;
+    store.close().await.unwrap();
+    if way == Way::ToCluster {
+        let path = directory.path().join("data/meta.db");
+        let connection = rusqlite::Connection::open(path).unwrap();
+        let pulls = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 4500) \
+                     INSERT INTO pull (repository_id, digest, principal, hour, pulls) \
+                     SELECT r.id, x'01', 'user:alice', n, 1 FROM repository r, n";
+        connection.execute_batch(pulls).unwrap();
+    }
+    let killed = child(directory.path(), "child_that_carries", point);
+    assert_eq!(
+        killed.signal(),
+        Some(9),
+        "`{point}` was not passed: {killed}"
+    );
+    // The source is marked before the destination is begun.
+    if point != "carry.after_leaving" {
+        let opened = Store::open_at(&to, Options::default()).await;
+        assert!(opened.is_err(), "`{point}`");
+    }
+    if way == Way::FromCluster {
+        let opened = Store::open_at(&from, Options::default()).await;
+        assert!(
+            matches!(opened, Err(Error::Moving(_))),
+            "`{point}`: {opened:?}"
+        );
+    }
+    if way == Way::ToCluster && point == "carry.after_tables" {
+        // What was brought is taken out again, and no statement of that grows with a table.
+        let trigger = "CREATE FUNCTION few() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                           IF (SELECT COUNT(*) FROM gone) > 2000 THEN RAISE 'too many rows'; END IF; \
+                           RETURN NULL; END $$; \
+                       CREATE TRIGGER few AFTER DELETE ON pull REFERENCING OLD TABLE AS gone \
+                           FOR EACH STATEMENT EXECUTE FUNCTION few()";
+        let client = crate::postgres::connect(&url).await;
+        client.batch_execute(trigger).await.unwrap();
+    }
+    let report = carry_between(directory.path()).await;
+    assert!(report.finished, "`{point}`: {report:?}");
+    if way == Way::ToCluster && point == "carry.after_tables" {
+        assert_eq!(report.rows["pull"], 4500);
+    }
+    let report = verify_at(&to, VerifyOptions::default(), &|_| {}).await;
+    let problems = report.unwrap().problems;
+    assert!(problems.is_empty(), "`{point}`: {problems:?}");
+    verify_audit_at(&to).await.unwrap();
+    let store = Store::open_at(&to, Options::default()).await.unwrap();
+    assert_eq!(store.epoch(), epoch);
+    assert_eq!(store.event_bounds().await.unwrap().newest, newest);
+    assert!(store.tag(&repository, &tag("v2")).await.unwrap().is_some());
+    let bytes = read_blob(&store, &repository, &large.digest).await;
+    assert_eq!(bytes.unwrap(), content(2, 700_000), "`{point}`");
+    store.close().await.unwrap();
+    assert!(
+        Store::open_at(&from, Options::default()).await.is_err(),
+        "`{point}`"
+    );
+}
+
+/// Carries between the places of the test above when it is its child, else nothing.
+#[tokio::test]
+async fn child_that_carries() {
+    if let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) {
+        carry_between(&directory).await;
     }
 }
 

@@ -131,6 +131,48 @@ async fn a_database_restored_to_a_moment_finds_its_objects() {
     store.close().await.unwrap();
 }
 
+/// However much waits, no statement of an adoption touches more rows than a database lets through in its time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adoption_goes_in_steps() {
+    let engine = crate::engine::postgres(Options::default()).await;
+    let (store, repository) = (&engine.store, name("team/app"));
+    for seed in 0..3 {
+        push_image(store, &repository, seed, &[]).await;
+    }
+    store.clone().close().await.unwrap();
+    engine
+        .change(
+            "INSERT INTO collection_queue (kind, repository_id, target_id, due_at, attempts) \
+                 SELECT 'blob', 0, n, 1, 0 FROM generate_series(1, 1700) n; \
+             INSERT INTO deletion (storage_key, due_at, attempts) \
+                 SELECT 'key' || n, 1, 0 FROM generate_series(1, 1700) n; \
+             UPDATE manifest SET lease_until = 1; UPDATE repository_blob SET lease_until = 1; \
+             CREATE FUNCTION few() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                 IF (SELECT COUNT(*) FROM touched) > 500 THEN RAISE 'too many rows'; END IF; \
+                 RETURN NULL; END $$; \
+             CREATE TRIGGER few AFTER UPDATE ON collection_queue REFERENCING NEW TABLE AS touched \
+                 FOR EACH STATEMENT EXECUTE FUNCTION few(); \
+             CREATE TRIGGER few AFTER UPDATE ON deletion REFERENCING NEW TABLE AS touched \
+                 FOR EACH STATEMENT EXECUTE FUNCTION few()",
+        )
+        .await;
+    let location = Location {
+        database: DatabaseLocation::Postgres(engine.url.clone()),
+        objects: ObjectLocation::Directory(engine.directory.path().join("data")),
+    };
+    let forced = AdoptOptions {
+        force: true,
+        discard_unknown: false,
+    };
+    let adopted = adopt(&location, Options::default(), forced).await.unwrap();
+    // Three manifests, and of each a configuration and two layers.
+    assert_eq!(adopted.leases, 12);
+    for table in ["collection_queue", "deletion"] {
+        let early = format!("SELECT COUNT(*) FROM {table} WHERE due_at = 1");
+        assert_eq!(ask::<i64>(&engine.url, &early).await, 0, "{table}");
+    }
+}
+
 /// One value of one query.
 async fn ask<T: for<'a> tokio_postgres::types::FromSql<'a>>(url: &str, query: &str) -> T {
     let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls)

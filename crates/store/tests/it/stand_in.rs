@@ -93,9 +93,14 @@ impl StandIn {
 
     /// Where that store is.
     pub(crate) fn location(&self, database: DatabaseLocation) -> Location {
+        Self::at(&self.endpoint, database)
+    }
+
+    /// Where the store is over one that another process runs.
+    pub(crate) fn at(endpoint: &str, database: DatabaseLocation) -> Location {
         let objects = ObjectLocation::S3(S3Location {
             bucket: "bucket".to_owned(),
-            endpoint: Some(self.endpoint.clone()),
+            endpoint: Some(endpoint.to_owned()),
             path_style: true,
             credentials: Some(S3Credentials {
                 key_id: "key".to_owned(),
