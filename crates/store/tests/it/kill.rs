@@ -6,12 +6,16 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use oci::{Algorithm, Digest};
-use store::{Expected, ExpectedPins, Options, Pin, Store, Timestamp, verify_audit, verify_store};
+use store::{
+    DatabaseLocation, EventKind, Expected, ExpectedPins, Location, ObjectLocation, Options, Pin,
+    Store, Timestamp, verify_audit, verify_audit_at, verify_store,
+};
 
 use crate::engine::{
     actor, by_tag, content, described, image, name, push_blob, push_image, push_in_pieces, put,
     read_blob, tag,
 };
+use crate::postgres::Server;
 
 const DIRECTORY: &str = "STORE_KILL_DIRECTORY";
 
@@ -32,7 +36,7 @@ async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
             let store = Store::open(&dir, Options::default()).await.unwrap();
             store.close().await.unwrap();
         }
-        let output = child(&dir, point);
+        let output = run_child("child_of_the_kill_test", &dir, point);
         assert_eq!(
             output.signal(),
             Some(9),
@@ -97,6 +101,94 @@ async fn a_kill_at_any_point_loses_nothing_that_was_acknowledged() {
             report.problems
         );
     }
+}
+
+/// A retention run on PostgreSQL: another replica finds the store sound, what the policy keeps is there, and the next run
+/// takes what the killed one left, each tag once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retention_run_on_postgres_that_is_killed_at_any_step_is_made_up_for() {
+    let (server, by) = (Server::start().await, actor());
+    let steps = ["retention.", "delete."];
+    let ours = |point: &&&str| steps.iter().any(|step| point.starts_with(step));
+    let points: Vec<_> = store::failpoints().iter().filter(ours).collect();
+    assert!(points.len() >= 4, "{points:?}");
+    for point in points {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().join("data");
+        let url = server.database(&point.replace('.', "_")).await;
+        std::fs::write(dir.with_extension("url"), &url).unwrap();
+        let repository = name("keep/app");
+        let store = Store::open_on_postgres(&dir, &url, crate::retention::options())
+            .await
+            .unwrap();
+        let mut views = Vec::new();
+        for seed in 0..4 {
+            views.push(push_image(&store, &repository, seed, &[&format!("v{seed}")]).await);
+        }
+        store.close().await.unwrap();
+        let killed = run_child("child_that_retains", &dir, point);
+        assert_eq!(
+            killed.signal(),
+            Some(9),
+            "`{point}` was not passed: {killed}"
+        );
+        let store = Store::open_on_postgres(&dir, &url, crate::retention::options())
+            .await
+            .unwrap();
+        crate::engine::assert_sound(&store).await;
+        let killed = store.retention_runs(None, 10).await.unwrap();
+        assert!(killed.len() == 1 && killed[0].finished_at.is_none());
+        let left = store.tags(&repository, None, 10).await.unwrap();
+        // All of a page goes in one transaction, which is there or not.
+        let whole = ["v0", "v1", "v2", "v3"];
+        let after = *point == "retention.after_remove";
+        assert_eq!(left, whole[if after { 2 } else { 0 }..], "`{point}`");
+        let run = store.start_retention(false, Some(repository.clone()), &by);
+        let run = crate::retention::ended(&store, run.await.unwrap()).await;
+        assert_eq!(run.removed, if after { 0 } else { 2 }, "`{point}`");
+        let left = store.tags(&repository, None, 10).await.unwrap();
+        assert_eq!(left, ["v2", "v3"], "`{point}`");
+        store.seal().await.unwrap();
+        let events = store.events_after(0, 1000).await.unwrap();
+        for (seed, view) in views.iter().enumerate() {
+            let text = format!("v{seed}");
+            let history = store.tag_history(&repository, &tag(&text), None, 10).await;
+            let moves = if seed < 2 { 2 } else { 1 };
+            assert_eq!(history.unwrap().len(), moves, "`{point}`: {text}");
+            let told = events.iter().filter(|event| {
+                event.kind == EventKind::TagDeleted && event.tag.as_ref() == Some(&tag(&text))
+            });
+            assert_eq!(told.count(), moves - 1, "`{point}`: {text}");
+            // What lost its tag is kept for its time, and can be put back.
+            let digest = crate::engine::by_digest(view);
+            let found = store.manifest(&repository, &digest);
+            assert!(found.await.unwrap().is_some(), "`{point}`: {text}");
+        }
+        store.maintain_once().await.unwrap();
+        crate::engine::assert_sound(&store).await;
+        store.close().await.unwrap();
+        let location = Location {
+            database: DatabaseLocation::Postgres(url),
+            objects: ObjectLocation::Directory(dir),
+        };
+        verify_audit_at(&location).await.unwrap();
+    }
+}
+
+/// Runs retention when it is the child of the test above, else nothing.
+#[tokio::test]
+async fn child_that_retains() {
+    let Some(dir) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+        return;
+    };
+    let url = std::fs::read_to_string(dir.with_extension("url")).unwrap();
+    let store = Store::open_on_postgres(&dir, &url, crate::retention::options())
+        .await
+        .unwrap();
+    let by = actor();
+    let run = store.start_retention(false, Some(name("keep/app")), &by);
+    crate::retention::ended(&store, run.await.unwrap()).await;
+    store.close().await.unwrap();
 }
 
 /// Does the work when it is the child of the test above, else nothing.
@@ -201,9 +293,9 @@ async fn work(store: &Store, mut acknowledge: impl FnMut(String)) {
     clippy::disallowed_methods,
     reason = "the test starts itself as the process that is killed"
 )]
-fn child(dir: &std::path::Path, point: &str) -> std::process::ExitStatus {
+fn run_child(test: &str, dir: &std::path::Path, point: &str) -> std::process::ExitStatus {
     std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "kill::child_of_the_kill_test"])
+        .args(["--exact", &format!("kill::{test}")])
         .env(DIRECTORY, dir)
         .env("LONGSHORE_FAILPOINT", format!("{point}:1"))
         .stdout(std::process::Stdio::null())
