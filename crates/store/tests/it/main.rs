@@ -17,6 +17,8 @@ mod directory;
 #[cfg(test)]
 mod engine;
 #[cfg(test)]
+mod grace;
+#[cfg(test)]
 mod identity;
 #[cfg(test)]
 mod kill;
