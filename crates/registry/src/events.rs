@@ -50,12 +50,7 @@ pub(crate) async fn serve(call: &mut Call) -> Result<Response<Body>, Refusal> {
     let position = start.position(bounds);
     let mut ready = VecDeque::new();
     ready.push_back(match start {
-        Start::Reset => frame(
-            "reset",
-            &epoch,
-            position,
-            &json!({ "position": id(&epoch, position) }),
-        ),
+        Start::Reset => reset(&epoch, position),
         // At once, so that a client knows where it is before the first event.
         Start::Now | Start::After(_) => heartbeat(&epoch, position),
     });
@@ -145,12 +140,28 @@ impl EventStream {
             }
             // What is committed after this mark wakes the wait below.
             self.signal.mark_unchanged();
-            match self.shared.store.events_after(self.position, BATCH).await {
-                Ok(events) if !events.is_empty() => {
+            let store = &self.shared.store;
+            match store.every_event_after(self.position, BATCH).await {
+                Ok(Some(events)) if !events.is_empty() => {
                     self.take(&events);
                     continue;
                 }
-                Ok(_) => {}
+                Ok(Some(_)) => {}
+                // So slow a reader that what it has not seen was forgotten meanwhile.
+                Ok(None) => match store.event_bounds().await {
+                    Ok(bounds) => {
+                        self.position = bounds.newest;
+                        self.ready.push_back(reset(&self.epoch, self.position));
+                        continue;
+                    }
+                    Err(error) => {
+                        tracing::warn!(
+                            error = chain(&error),
+                            "an event stream ends, its client will come again"
+                        );
+                        return None;
+                    }
+                },
                 Err(error) => {
                     tracing::warn!(
                         error = chain(&error),
@@ -212,6 +223,15 @@ fn id(epoch: &str, number: i64) -> String {
 fn heartbeat(epoch: &str, position: i64) -> Bytes {
     frame(
         "heartbeat",
+        epoch,
+        position,
+        &json!({ "position": id(epoch, position) }),
+    )
+}
+
+fn reset(epoch: &str, position: i64) -> Bytes {
+    frame(
+        "reset",
         epoch,
         position,
         &json!({ "position": id(epoch, position) }),

@@ -261,6 +261,42 @@ pub(crate) async fn after(db: &Db, after: i64, limit: usize) -> Result<Vec<Event
         .collect()
 }
 
+/// As [`after`]; `None` when events after this position were forgotten. Numbers have no gaps, so the next one is there or
+/// was forgotten. That is looked at after the events were read, because they may be forgotten at any time.
+pub(crate) async fn every_after(
+    db: &Db,
+    position: i64,
+    limit: usize,
+) -> Result<Option<Vec<Event>>, Error> {
+    let events = after(db, position, limit).await?;
+    if events
+        .first()
+        .is_some_and(|first| first.number == position + 1)
+    {
+        return Ok(Some(events));
+    }
+    let forgotten = bounds(db).await?.pruned > position;
+    Ok((!forgotten).then_some(events))
+}
+
+/// Forgets every event, as [`prune`] does after a long time.
+pub(crate) struct Forget {
+    /// Numbers that nobody saw.
+    pub(crate) unseen: usize,
+}
+
+impl Body for Forget {
+    type Output = ();
+
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<(), Error> {
+        let last = take_numbers(tx, self.unseen).await?;
+        tx.execute(&PRUNE, &[last.into()]).await?;
+        tx.execute(&SET_PRUNED, &[last.into()]).await.map(drop)
+    }
+}
+
 /// Forgets events that are older than the retention.
 pub(crate) async fn prune(db: &Db, before: Timestamp) -> Result<(), Error> {
     // A look first: most rounds find nothing, on every replica.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit;
 use crate::blob::file_system::StorageKey;
+use crate::blocking::blocking;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::model::{Actor, Blob, BlobContent};
@@ -49,7 +50,7 @@ statements! {
                    ORDER BY id LIMIT 16 {skip locked}";
     CLAIM = "UPDATE blob SET checking_until = $2 WHERE id = $1";
     LOOK = "SELECT digest, size, body, storage_key, state FROM blob WHERE id = $1";
-    TAKE = "SELECT digest, storage_key, state FROM blob WHERE id = $1 {for update}";
+    TAKE = "SELECT digest, storage_key, state, body FROM blob WHERE id = $1 {for update}";
     JUDGE = "UPDATE blob SET checked_at = $2, checking_until = NULL, state = $3 WHERE id = $1";
     GET = "SELECT value FROM meta WHERE key = $1";
     PUT = "INSERT INTO meta (key, value) VALUES ($1, $2) ON CONFLICT (key) DO UPDATE SET value = excluded.value";
@@ -253,6 +254,7 @@ impl Store {
             .write(Judge {
                 id,
                 key: first.key.clone(),
+                body: first.body.clone(),
                 damaged: damage.is_some(),
             })
             .await?;
@@ -288,7 +290,10 @@ impl Store {
                 .bytes
                 .fetch_add(body.len() as u64, Ordering::Relaxed);
             let known = row.opt_i64(4)?.is_some();
-            if body.len() as u64 == row.u64(1)? && digest.matches(&body) {
+            let (length, expected) = (body.len() as u64, digest.clone());
+            // Of some MiB, so not on a thread that serves requests.
+            let matches = blocking(move || Ok(expected.matches(&body))).await?;
+            if length == row.u64(1)? && matches {
                 inner.scrub.manifests.fetch_add(1, Ordering::Relaxed);
                 if known {
                     inner.db.write(ManifestFound { id, damaged: None }).await?;
@@ -438,6 +443,8 @@ impl Body for Hold {
 struct Judge {
     id: i64,
     key: Option<String>,
+    /// What was read out of the row: a push that heals it there gives it no other key.
+    body: Option<Vec<u8>>,
     damaged: bool,
 }
 
@@ -457,7 +464,7 @@ impl Body for Judge {
         let Some(row) = tx.query_opt(&TAKE, &[self.id.into()]).await? else {
             return Ok(Change::None);
         };
-        if row.opt_text(1)? != self.key {
+        if row.opt_text(1)? != self.key || row.opt_bytes(3)? != self.body {
             return Ok(Change::None);
         }
         let was_sound = row.text(2)? == "ok";
@@ -605,3 +612,55 @@ const SUSPECT_AGAIN: Duration = Duration::from_hours(1);
 const BATCH_BYTES: u64 = 64 << 20;
 /// Bytes that a blob counts for beside its own: its two transactions.
 const OVERHEAD: u64 = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::model::Options;
+    use crate::sql::Statement;
+
+    async fn push(store: &Store, bytes: &Bytes) {
+        let (repository, digest) = ("a/b".parse().unwrap(), Digest::sha256(bytes));
+        let mut writer = store
+            .put_blob(&repository, &digest, &scrubber())
+            .await
+            .unwrap();
+        writer.write(bytes.clone()).await.unwrap();
+        writer.commit(&digest, &scrubber()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_verdict_on_a_row_that_was_healed_meanwhile_does_not_hold() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().join("data");
+        let store = Store::open(&data, Options::default()).await.unwrap();
+        let bytes = Bytes::from_static(b"small enough for its row");
+        push(&store, &bytes).await;
+        let connection = rusqlite::Connection::open(data.join("meta.db")).unwrap();
+        let damage = "UPDATE blob SET body = zeroblob(24), state = 'suspect', checked_at = 1";
+        connection.execute_batch(damage).unwrap();
+        drop(connection);
+        let inner = &store.0;
+        let any = Statement::made("SELECT id FROM blob".to_owned());
+        let id = inner.db.read(any, &[]).await.unwrap()[0].i64(0).unwrap();
+        let seen = Subject::look(inner, id).await.unwrap().unwrap();
+        let mut pace = Pace::new(u64::MAX);
+        assert!(matches!(
+            seen.read(inner, &mut pace).await,
+            Verdict::Damaged(_)
+        ));
+        push(&store, &bytes).await;
+        let verdict = Judge {
+            id,
+            key: seen.key,
+            body: seen.body,
+            damaged: true,
+        };
+        let change = inner.db.write(verdict).await.unwrap();
+        assert!(matches!(change, Change::None));
+        assert_eq!(store.suspect_count().await.unwrap(), 0);
+        store.close().await.unwrap();
+    }
+}

@@ -384,7 +384,7 @@ impl Store {
                 }
             }
         };
-        let (open, row_claim) = claim_row(inner, &slot, repository, id).await?;
+        let (open, row_claim) = claim_row(inner, &slot, repository, id, Purpose::Write).await?;
         let resumed =
             Session::resume(inner, &slot, repository, open, row_claim.clone(), claim).await;
         let session = match (resumed, row_claim) {
@@ -413,7 +413,7 @@ impl Store {
             return Err(Error::UploadBusy { offset });
         };
         let slot = Arc::<Slot>::default();
-        let (open, row_claim) = claim_row(&self.0, &slot, repository, id).await?;
+        let (open, row_claim) = claim_row(&self.0, &slot, repository, id, Purpose::End).await?;
         let claim = row_claim.map(|claim| claim.token().to_owned());
         self.0.db.write(upload::Expire { id: open.id, claim }).await
     }
@@ -743,6 +743,28 @@ impl Store {
         event::after(&self.0.db, after, limit).await
     }
 
+    /// As [`Store::events_after`], for whoever must miss none: `None` when some after this position were forgotten, also
+    /// while the caller was on its way.
+    ///
+    /// # Errors
+    /// [`Error::Database`], [`Error::Stopped`].
+    pub async fn every_event_after(
+        &self,
+        after: i64,
+        limit: usize,
+    ) -> Result<Option<Vec<Event>>, Error> {
+        event::every_after(&self.0.db, after, limit).await
+    }
+
+    /// Forgets every event, and so many that nobody saw, as a long time does; for the tests of slow readers.
+    ///
+    /// # Errors
+    /// As for every call that writes.
+    #[doc(hidden)]
+    pub async fn forget_events(&self, unseen: usize) -> Result<(), Error> {
+        self.0.db.write(event::Forget { unseen }).await
+    }
+
     /// Changes with the newest event number, woken by the commit itself.
     pub fn event_signal(&self) -> watch::Receiver<i64> {
         self.0.signal.subscribe()
@@ -857,11 +879,20 @@ fn unless_disk(outcome: Result<(), Error>) -> Result<(), Error> {
 
 /// Finds an upload and, where other replicas may write it, claims it in its row. A writer on another replica is waited
 /// for, for a while: it is about to end, or its replica is dead.
+/// What an upload is claimed for.
+#[derive(Clone, Copy)]
+enum Purpose {
+    Write,
+    /// To be cancelled, also in a read-only mode.
+    End,
+}
+
 async fn claim_row(
     inner: &Arc<Inner>,
     slot: &Arc<Slot>,
     repository: &RepositoryName,
     id: &UploadId,
+    purpose: Purpose,
 ) -> Result<(upload::Open, Option<Arc<RowClaim>>), Error> {
     if !inner.claims.shared() {
         let open = upload::find(&inner.db, repository, id, inner.clock.now()).await?;
@@ -874,16 +905,17 @@ async fn claim_row(
     loop {
         let asked = tokio::time::Instant::now();
         let over = watched.filter(|(_, since)| *since + claim::SPAN <= asked);
-        let claimed = inner
-            .db
-            .write(upload::ClaimRow {
-                repository: repository.clone(),
-                name: id.clone(),
-                token: token.clone(),
-                span: claim::SPAN,
-                over: over.map(|(until, _)| until),
-            })
-            .await?;
+        let row = upload::ClaimRow {
+            repository: repository.clone(),
+            name: id.clone(),
+            token: token.clone(),
+            span: claim::SPAN,
+            over: over.map(|(until, _)| until),
+        };
+        let claimed = match purpose {
+            Purpose::Write => inner.db.write(row).await?,
+            Purpose::End => inner.db.write(upload::ClaimToEnd(row)).await?,
+        };
         if let Some(open) = claimed {
             let claim = RowClaim::keep(inner, slot, open.id, token, asked);
             return Ok((open, Some(claim)));

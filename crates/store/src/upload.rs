@@ -229,6 +229,18 @@ impl Body for ClaimRow {
     }
 }
 
+/// The same for whoever is about to end the upload: that makes room, and goes on in a read-only mode.
+pub(crate) struct ClaimToEnd(pub(crate) ClaimRow);
+
+impl Body for ClaimToEnd {
+    type Output = Option<Open>;
+    const KIND: WriteKind = WriteKind::Maintenance;
+
+    async fn run(&self, tx: &mut Tx) -> Result<Option<Open>, Error> {
+        self.0.run(tx).await
+    }
+}
+
 /// Makes claims last longer, in the order of the rows; `false` for each that was lost.
 pub(crate) struct RenewClaims {
     /// Row and token, by row.

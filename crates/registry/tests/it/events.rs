@@ -1,9 +1,12 @@
 use std::time::Duration;
 
+use registry::Access;
+use store::Options;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 
 use crate::harness::{Registry, Reply, basic, passwords, read_head, request};
+use crate::place::Place;
 
 /// An open event stream.
 struct Stream(BufReader<TcpStream>);
@@ -199,6 +202,35 @@ async fn unknown_positions_reset() {
         for _ in 0..2 {
             assert_ne!(stream.change().await.kind, "reset");
         }
+    }
+}
+
+/// What a reader has not seen is forgotten while it reads: it is told, and nothing is left out without a word.
+#[tokio::test]
+async fn a_reader_that_falls_behind_is_told_to_reset() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::new(dir.path());
+    let store = place.open(Options::default()).await;
+    let registry = Registry::over(store.clone(), place, dir, Access::Open, |_| {}).await;
+    let mut stream = open(&registry, "", &[]).await;
+    stream.next().await.unwrap();
+    registry.image("a", "v1", "x").await;
+    for _ in 0..2 {
+        assert_ne!(stream.change().await.kind, "reset");
+    }
+    store.forget_events(5).await.unwrap();
+    registry.image("a", "v1", "y").await;
+    let reset = stream.change().await;
+    assert_eq!(reset.kind, "reset");
+    assert_eq!(reset.data["position"], reset.id.as_str());
+    let newest = store.event_bounds().await.unwrap().newest;
+    assert!(reset.id.ends_with(&format!(".{newest}")), "{}", reset.id);
+    // It goes on from there.
+    registry.image("a", "v1", "z").await;
+    for number in 1..=2 {
+        let event = stream.change().await;
+        assert_ne!(event.kind, "reset");
+        assert!(event.id.ends_with(&format!(".{}", newest + number)));
     }
 }
 

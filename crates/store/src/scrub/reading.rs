@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use oci::{Digest, Hasher};
 use tokio::time::Instant;
 
+use crate::blocking::blocking;
 use crate::error::Error;
 use crate::model::{Blob, BlobContent};
 
@@ -62,7 +64,10 @@ pub(crate) async fn hash<F: Future<Output = ()>>(
                 Ok(Some(piece)) => {
                     pause(piece.len() as u64).await;
                     at += piece.len() as u64;
-                    hasher.update(&piece);
+                    hasher = match add(hasher, piece).await {
+                        Ok(hasher) => hasher,
+                        Err(error) => return Verdict::Unknown(error),
+                    };
                 }
                 Ok(None) => return judge(digest, &hasher.finish(), at, blob.size),
                 Err(error) => return Verdict::of_failure(error),
@@ -77,21 +82,26 @@ pub(crate) async fn hash<F: Future<Output = ()>>(
             Err(error) => return Verdict::of_failure(error),
         };
         pause(piece.len() as u64).await;
-        let hashed = tokio::task::spawn_blocking(move || {
-            hasher.update(&piece);
-            (hasher, piece.len() as u64)
-        })
-        .await;
-        let Ok((back, length)) = hashed else {
-            return Verdict::Unknown(Error::Stopped);
+        let length = piece.len() as u64;
+        hasher = match add(hasher, piece).await {
+            Ok(hasher) => hasher,
+            Err(error) => return Verdict::Unknown(error),
         };
-        hasher = back;
         at += length;
         if length == 0 {
             break;
         }
     }
     judge(digest, &hasher.finish(), at, blob.size)
+}
+
+/// Hashes a piece, away from the threads that serve requests.
+async fn add(mut hasher: Hasher, piece: Bytes) -> Result<Hasher, Error> {
+    blocking(move || {
+        hasher.update(&piece);
+        Ok(hasher)
+    })
+    .await
 }
 
 fn judge(digest: &Digest, actual: &Digest, length: u64, size: u64) -> Verdict {

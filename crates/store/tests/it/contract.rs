@@ -493,6 +493,19 @@ async fn uploads_end(store: &Store) {
     store.maintain_once().await.unwrap();
     let bounds = store.event_bounds().await.unwrap();
     assert_eq!((bounds.pruned, bounds.newest), (newest, newest));
+    // Whoever was on the way is told, and nobody else.
+    assert!(store.every_event_after(newest, 10).await.unwrap().is_some());
+    assert!(
+        store
+            .every_event_after(newest - 1, 10)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    store.forget_events(3).await.unwrap();
+    assert!(store.every_event_after(newest, 10).await.unwrap().is_none());
+    let told = store.every_event_after(newest + 3, 10).await.unwrap();
+    assert!(told.unwrap().is_empty());
     assert!(store.events_after(0, 10).await.unwrap().is_empty());
 }
 

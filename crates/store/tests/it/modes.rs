@@ -188,3 +188,33 @@ async fn below_the_floor_users_cannot_write_and_may_delete() {
         .unwrap();
     store.close().await.unwrap();
 }
+
+/// As `operate.md` says: cancelling makes room, wherever the claim of an upload is.
+#[tokio::test]
+async fn an_upload_is_cancelled_in_the_read_only_mode() {
+    for shared in [false, true] {
+        let engine = sqlite(Options::default()).await;
+        let (store, repository) = (&engine.store, name("mode/cancel"));
+        if shared {
+            store.share_claims();
+        }
+        let id = store
+            .start_upload(&repository, Algorithm::Sha256, &actor())
+            .await
+            .unwrap();
+        let mut writer = store.claim_upload(&repository, &id).await.unwrap();
+        writer.write(content(1, 100_000)).await.unwrap();
+        writer.record().await.unwrap();
+        store.set_read_only("moving", &actor()).await.unwrap();
+        let refused = store.claim_upload(&repository, &id).await.map(drop);
+        assert!(
+            matches!(refused, Err(Error::ReadOnly { .. })),
+            "{refused:?}"
+        );
+        store.cancel_upload(&repository, &id).await.unwrap();
+        assert_eq!(store.statistics().await.unwrap().uploads, 0);
+        store.maintain_once().await.unwrap();
+        crate::engine::assert_sound(store).await;
+        store.clone().close().await.unwrap();
+    }
+}
