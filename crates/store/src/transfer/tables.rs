@@ -229,7 +229,12 @@ pub(crate) async fn empty(db: &Db) -> Result<(), Error> {
 
 /// Deletes rows of a table, a page in each transaction: a statement has a limit of time, whatever the size of the table.
 async fn clear(db: &Db, table: &Table, condition: &str) -> Result<(), Error> {
-    let mut page = ClearPage::new(table, condition);
+    // On PostgreSQL an event may have no number yet.
+    let key = match db {
+        Db::Postgres(_) if table.carry == Carry::Events => &["ordinal"][..],
+        _ => table.key,
+    };
+    let mut page = ClearPage::new(table.name, key, condition);
     while let Some(last) = db.write(page.clone()).await? {
         page.after = Some(last);
     }
@@ -247,8 +252,8 @@ struct ClearPage {
 }
 
 impl ClearPage {
-    fn new(table: &Table, condition: &str) -> Self {
-        let (name, key, count) = (table.name, table.key.join(", "), table.key.len());
+    fn new(name: &str, key: &[&str], condition: &str) -> Self {
+        let (key, count) = (key.join(", "), key.len());
         let marks = |from: usize| {
             let marks: Vec<String> = (from..from + count).map(|at| format!("${at}")).collect();
             marks.join(", ")

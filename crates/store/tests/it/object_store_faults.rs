@@ -38,7 +38,11 @@ pub(crate) async fn uploads_keep_the_contract(server: Option<&Server>) {
         None => DatabaseLocation::Sqlite(directory.path().join("data")),
         Some(server) => DatabaseLocation::Postgres(server.database("objects").await),
     };
-    let store = objects.open(database, Options::default()).await;
+    let options = Options {
+        claim_wait: Duration::from_millis(300),
+        ..Options::default()
+    };
+    let store = objects.open(database.clone(), options).await;
     store.share_claims();
     let repository = name("a/b");
     for (seed, length) in [(1, 10), (2, 50_000), (3, PART + 50_000)] {
@@ -58,11 +62,51 @@ pub(crate) async fn uploads_keep_the_contract(server: Option<&Server>) {
     writer.write(content(4, PART + 50_000)).await.unwrap();
     let busy = store.claim_upload(&repository, &id).await;
     assert!(matches!(busy, Err(Error::UploadBusy { offset: 0 })));
+    // As long as somebody writes, the claim is renewed.
+    let on_postgres = server.is_some();
+    let renewed = || {
+        store::statement_coverage()
+            .iter()
+            .any(|(name, sqlite, postgres)| {
+                *name == "store::upload::RENEW" && if on_postgres { *postgres } else { *sqlite }
+            })
+    };
+    while !renewed() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     writer.record().await.unwrap();
+    // One that another replica writes is busy for as long as its claim lasts.
+    let claim = "UPDATE upload SET claimed_by = 'other', claimed_until = 9000000000000000";
+    change(&database, claim).await;
+    let busy = store.claim_upload(&repository, &id).await;
+    assert!(matches!(busy, Err(Error::UploadBusy { .. })));
+    change(
+        &database,
+        "UPDATE upload SET claimed_by = NULL, claimed_until = NULL",
+    )
+    .await;
     assert_eq!(objects.uploads(), 2, "one of them is known to nobody");
     store.cancel_upload(&repository, &id).await.unwrap();
+    // What cannot be deleted now is deleted later.
+    objects.fail(Request::Delete, Fault::Status(500), FOR_GOOD);
+    store.advance_clock(Duration::from_mins(10));
+    store.maintain_once().await.unwrap();
+    assert!(objects.heal() > 0);
     ends_clean(&objects, &store, 2).await;
     store.close().await.unwrap();
+}
+
+async fn change(database: &DatabaseLocation, sql: &str) {
+    match database {
+        DatabaseLocation::Sqlite(data) => {
+            let connection = rusqlite::Connection::open(data.join("meta.db")).unwrap();
+            connection.execute_batch(sql).unwrap();
+        }
+        DatabaseLocation::Postgres(url) => {
+            let client = crate::postgres::connect(url).await;
+            client.batch_execute(sql).await.unwrap();
+        }
+    }
 }
 
 /// Everything that became no blob goes, and the blobs stay.
