@@ -61,6 +61,8 @@ pub enum Reason {
     },
     /// It was pushed, asked for, or lost what kept it, not long ago.
     Lease {
+        /// Since when: the last time that happened, reckoned back from its end with the lease that is set now.
+        since: Timestamp,
         /// Until when.
         until: Timestamp,
     },
@@ -68,6 +70,8 @@ pub enum Reason {
     Index {
         /// The index.
         digest: Digest,
+        /// Since when both are there.
+        since: Timestamp,
         /// Why that is kept.
         because: Vec<Self>,
     },
@@ -75,6 +79,8 @@ pub enum Reason {
     Subject {
         /// The manifest.
         digest: Digest,
+        /// Since when both are there.
+        since: Timestamp,
         /// Why that is kept.
         because: Vec<Self>,
     },
@@ -82,6 +88,8 @@ pub enum Reason {
     Waits {
         /// The manifest that is waited for.
         subject: Digest,
+        /// Since when: its push.
+        since: Timestamp,
         /// Until when.
         until: Timestamp,
     },
@@ -93,7 +101,7 @@ impl Reason {
         match self {
             Self::Tag { .. } => None,
             Self::Pin { until, .. } => *until,
-            Self::Lease { until } | Self::Waits { until, .. } => Some(*until),
+            Self::Lease { until, .. } | Self::Waits { until, .. } => Some(*until),
             Self::Index { because, .. } | Self::Subject { because, .. } => last_end(because),
         }
     }
@@ -205,9 +213,14 @@ impl Search<'_> {
                     continue;
                 }
                 let because = self.reasons(tx, index, depth + 1).await?;
-                if !because.is_empty() {
-                    let digest = manifest::digest(tx, index).await?;
-                    reasons.push(Reason::Index { digest, because });
+                if !because.is_empty()
+                    && let Some(index) = Node::read(tx, index, now).await?
+                {
+                    reasons.push(Reason::Index {
+                        since: node.created_at.max(index.created_at),
+                        digest: index.digest,
+                        because,
+                    });
                 }
             }
             let subjects =
@@ -218,16 +231,24 @@ impl Search<'_> {
                     Some(above) if self.open.contains(&above) => {}
                     Some(above) => {
                         let because = self.reasons(tx, above, depth + 1).await?;
-                        if !because.is_empty() {
-                            let digest = subject.digest;
-                            reasons.push(Reason::Subject { digest, because });
+                        if !because.is_empty()
+                            && let Some(above) = Node::read(tx, above, now).await?
+                        {
+                            reasons.push(Reason::Subject {
+                                since: node.created_at.max(above.created_at),
+                                digest: above.digest,
+                                because,
+                            });
                         }
                     }
                     None if subject.gone_at.is_some() => {}
                     None => {
                         if let Some(until) = node.waits(&self.rules.gc, now) {
-                            let subject = subject.digest;
-                            reasons.push(Reason::Waits { subject, until });
+                            reasons.push(Reason::Waits {
+                                subject: subject.digest,
+                                since: node.created_at,
+                                until,
+                            });
                         }
                     }
                 }
@@ -285,7 +306,11 @@ impl Search<'_> {
             });
         }
         if let Some(until) = node.leased(&self.rules.gc, now) {
-            reasons.push(Reason::Lease { until });
+            let began = node.lease_until.minus(self.rules.lease);
+            reasons.push(Reason::Lease {
+                since: began.max(node.created_at).min(now),
+                until,
+            });
         }
         Ok(reasons)
     }

@@ -126,8 +126,10 @@ impl StandIn {
         state.requests.iter().filter(|one| **one == request).count()
     }
 
+    /// How many blobs and tails are there.
     pub(crate) fn objects(&self) -> usize {
-        self.state.lock().unwrap().objects.len()
+        let state = self.state.lock().unwrap();
+        state.objects.keys().filter(|key| is_blob(key)).count()
     }
 
     pub(crate) fn uploads(&self) -> usize {
@@ -147,10 +149,10 @@ impl StandIn {
         state.objects.retain(|_, object| object != bytes);
     }
 
-    /// Changes every object.
+    /// Changes every blob.
     pub(crate) fn damage(&self) {
         let mut state = self.state.lock().unwrap();
-        for bytes in state.objects.values_mut() {
+        for (_, bytes) in state.objects.iter_mut().filter(|(key, _)| is_blob(key)) {
             let mut changed = bytes.to_vec();
             changed[0] ^= 1;
             *bytes = changed.into();
@@ -407,8 +409,11 @@ fn act(
             )
         }
         Request::List => {
+            let prefix = query.get("prefix").map_or("", |prefix| *prefix);
+            let prefix = prefix.replace("%2F", "/");
             let mut objects = String::new();
-            for (key, bytes) in &state.objects {
+            let listed = state.objects.iter();
+            for (key, bytes) in listed.filter(|(key, _)| key.starts_with(&prefix)) {
                 let size = bytes.len();
                 write!(objects, "<Contents><Key>{key}</Key><Size>{size}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>").unwrap();
             }
@@ -418,6 +423,11 @@ fn act(
             )
         }
     }
+}
+
+/// What belongs to the store as a whole lies beside these.
+fn is_blob(key: &str) -> bool {
+    key.starts_with("o/")
 }
 
 fn no_upload() -> Answer {
