@@ -126,10 +126,8 @@ impl StandIn {
         state.requests.iter().filter(|one| **one == request).count()
     }
 
-    /// How many blobs and tails are there.
     pub(crate) fn objects(&self) -> usize {
-        let state = self.state.lock().unwrap();
-        state.objects.keys().filter(|key| is_blob(key)).count()
+        self.state.lock().unwrap().objects.len()
     }
 
     pub(crate) fn uploads(&self) -> usize {
@@ -160,10 +158,10 @@ impl StandIn {
         *object = changed.into();
     }
 
-    /// Changes every blob.
+    /// Changes every object.
     pub(crate) fn damage(&self) {
         let mut state = self.state.lock().unwrap();
-        for (_, bytes) in state.objects.iter_mut().filter(|(key, _)| is_blob(key)) {
+        for bytes in state.objects.values_mut() {
             let mut changed = bytes.to_vec();
             changed[0] ^= 1;
             *bytes = changed.into();
@@ -420,11 +418,8 @@ fn act(
             )
         }
         Request::List => {
-            let prefix = query.get("prefix").map_or("", |prefix| *prefix);
-            let prefix = prefix.replace("%2F", "/");
             let mut objects = String::new();
-            let listed = state.objects.iter();
-            for (key, bytes) in listed.filter(|(key, _)| key.starts_with(&prefix)) {
+            for (key, bytes) in &state.objects {
                 let size = bytes.len();
                 write!(objects, "<Contents><Key>{key}</Key><Size>{size}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>").unwrap();
             }
@@ -434,11 +429,6 @@ fn act(
             )
         }
     }
-}
-
-/// What belongs to the store as a whole lies beside these.
-fn is_blob(key: &str) -> bool {
-    key.starts_with("o/")
 }
 
 fn no_upload() -> Answer {
