@@ -423,12 +423,12 @@ async fn a_quota_refuses_early_and_the_report_adds_up() {
         format!("longshore_namespace_stored_bytes{{namespace=\"shop\"}} {shop}"),
         format!("longshore_namespace_exclusive_bytes{{namespace=\"shop\"}} {shop}"),
         format!("longshore_namespace_deduplication_ratio{{namespace=\"shop\"}} {of_shop}"),
-        format!("longshore_repository_stored_bytes{{repository=\"shop/web\"}} {one}"),
+        format!("longshore_repository_stored_bytes{{repository=\"shop/api\"}} {one}"),
         format!(
-            "longshore_repository_exclusive_bytes{{repository=\"shop/web\"}} {}",
+            "longshore_repository_exclusive_bytes{{repository=\"shop/api\"}} {}",
             size - 2
         ),
-        format!("longshore_repository_deduplication_ratio{{repository=\"shop/web\"}} {of_one}"),
+        format!("longshore_repository_deduplication_ratio{{repository=\"shop/api\"}} {of_one}"),
     ] {
         assert!(metrics.lines().any(|one| one == line), "{line}\n{metrics}");
     }

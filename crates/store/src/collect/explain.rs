@@ -19,6 +19,7 @@ use crate::store::Store;
 
 statements! {
     TAGS = "SELECT name, updated_at, updated_by FROM tag WHERE manifest_id = $1 AND name > $2 ORDER BY name LIMIT $3";
+    PUSHED = "SELECT created_at FROM manifest WHERE id = $1";
     PINS = "SELECT holder, reason, created_at, expires_at FROM pin \
             WHERE manifest_id = $1 AND (expires_at IS NULL OR expires_at > $2) ORDER BY holder LIMIT $3";
 }
@@ -213,12 +214,10 @@ impl Search<'_> {
                     continue;
                 }
                 let because = self.reasons(tx, index, depth + 1).await?;
-                if !because.is_empty()
-                    && let Some(index) = Node::read(tx, index, now).await?
-                {
+                if !because.is_empty() {
                     reasons.push(Reason::Index {
-                        since: node.created_at.max(index.created_at),
-                        digest: index.digest,
+                        digest: manifest::digest(tx, index).await?,
+                        since: node.created_at.max(pushed(tx, index).await?),
                         because,
                     });
                 }
@@ -231,12 +230,10 @@ impl Search<'_> {
                     Some(above) if self.open.contains(&above) => {}
                     Some(above) => {
                         let because = self.reasons(tx, above, depth + 1).await?;
-                        if !because.is_empty()
-                            && let Some(above) = Node::read(tx, above, now).await?
-                        {
+                        if !because.is_empty() {
                             reasons.push(Reason::Subject {
-                                since: node.created_at.max(above.created_at),
-                                digest: above.digest,
+                                digest: subject.digest,
+                                since: node.created_at.max(pushed(tx, above).await?),
                                 because,
                             });
                         }
@@ -314,6 +311,14 @@ impl Search<'_> {
         }
         Ok(reasons)
     }
+}
+
+/// When a manifest that is there was pushed first.
+async fn pushed(tx: &mut Tx, manifest: i64) -> Result<Timestamp, Error> {
+    tx.query_opt(&PUSHED, &[manifest.into()])
+        .await?
+        .ok_or_else(|| Error::Database("a manifest vanished".to_owned()))?
+        .time(0)
 }
 
 /// Reasons of one kind that are listed.
