@@ -21,10 +21,11 @@ use crate::sql::{Db, statements};
 use crate::store::{Inner, Store};
 
 statements! {
+    // The limit is a literal, and the beginning is said of both tables, so that PostgreSQL plans for a page.
     HOLDERS = "SELECT rb.blob_id, rb.repository_id, r.namespace_id, b.size FROM repository_blob rb \
                JOIN blob b ON b.id = rb.blob_id JOIN repository r ON r.id = rb.repository_id \
-               WHERE rb.blob_id >= $1 AND (rb.blob_id > $1 OR rb.repository_id > $2) \
-               ORDER BY rb.blob_id, rb.repository_id LIMIT $3";
+               WHERE rb.blob_id >= $1 AND b.id >= $1 AND (rb.blob_id > $1 OR rb.repository_id > $2) \
+               ORDER BY rb.blob_id, rb.repository_id LIMIT 2000";
 }
 
 /// What something has of the disk.
@@ -145,7 +146,7 @@ impl Store {
 
 async fn count(inner: &Inner, _turn: Turn) -> Result<(), Error> {
     let begun = Instant::now();
-    let shared = walk(&inner.db, PAGE).await?;
+    let shared = walk(&inner.db).await?;
     *inner.sharing.lock() = Some(Known {
         shared: Arc::new(shared),
         at: Instant::now(),
@@ -154,7 +155,7 @@ async fn count(inner: &Inner, _turn: Turn) -> Result<(), Error> {
     Ok(())
 }
 
-async fn walk(db: &Db, page: usize) -> Result<Shared, Error> {
+async fn walk(db: &Db) -> Result<Shared, Error> {
     let mut shared = Shared::default();
     let mut blob = (i64::MIN, 0);
     // Repositories that hold it, with their namespaces.
@@ -163,9 +164,7 @@ async fn walk(db: &Db, page: usize) -> Result<Shared, Error> {
         let after = holders
             .last()
             .map_or(i64::MIN, |(repository, _)| *repository);
-        let rows = db
-            .scan(&HOLDERS, vec![blob.0.into(), after.into(), page.into()])
-            .await?;
+        let rows = db.scan(&HOLDERS, vec![blob.0.into(), after.into()]).await?;
         for row in &rows {
             let id = row.i64(0)?;
             if id != blob.0 {
@@ -175,7 +174,7 @@ async fn walk(db: &Db, page: usize) -> Result<Shared, Error> {
             }
             holders.push((row.i64(1)?, row.i64(2)?));
         }
-        if rows.len() < page {
+        if rows.len() < PAGE {
             shared.add(blob.1, &holders);
             return Ok(shared);
         }
@@ -207,7 +206,7 @@ impl Shared {
     }
 }
 
-/// Rows that are read at once.
+/// Rows that are read at once, as the statement says.
 const PAGE: usize = 2000;
 /// How long somebody who asks waits for the figures.
 const PATIENCE: Duration = Duration::from_millis(250);
