@@ -188,9 +188,10 @@ async fn repositories(call: &Call) -> Result<Response<Body>, Refusal> {
     let namespace = query.get("namespace");
     let mut order = order(&query)?;
     // Whether somebody else holds the same content is not for those who may not see everything.
-    let age = match sees_all {
-        true => call.context.store.refresh_sharing().await,
-        false => None,
+    let age = if sees_all {
+        call.context.store.refresh_sharing().await
+    } else {
+        None
     };
     let (mut items, mut looked_at) = (Vec::new(), 0);
     let more = loop {
