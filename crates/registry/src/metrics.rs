@@ -19,9 +19,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use store::UsageOrder;
+use store::{StoredUsage, UsageOrder};
 
-use crate::api::storage::deduplication;
+use crate::api::storage::{deduplication, ratio};
 use crate::auth::Decision;
 use crate::error::Refusal;
 use crate::serve::body::Body;
@@ -63,8 +63,70 @@ struct Meters {
     namespace_objects: Family<NamespaceLabel, Gauge>,
     namespace_quota: Family<NamespaceLabel, Gauge>,
     repository_bytes: Family<RepositoryLabel, Gauge>,
+    namespaces_stored: StoredMeters<NamespaceLabel>,
+    repositories_stored: StoredMeters<RepositoryLabel>,
     /// Held while gauges are set and written out, so that two scrapes do not see each other's.
     scrape: Mutex<()>,
+}
+
+/// What each of something has of the disk.
+struct StoredMeters<L> {
+    bytes: Family<L, Gauge>,
+    exclusive: Family<L, Gauge>,
+    deduplication: Family<L, Gauge<f64, AtomicU64>>,
+}
+
+impl<L> StoredMeters<L>
+where
+    L: Clone + std::hash::Hash + Eq + EncodeLabelSet + std::fmt::Debug + Send + Sync + 'static,
+{
+    /// `what` in the singular, for names, `all` for the help.
+    fn new(registry: &mut Registry, what: &str, all: &str) -> Self {
+        let (bytes, exclusive, deduplication) =
+            (Family::default(), Family::default(), Family::default());
+        registry.register_with_unit(
+            format!("{what}_stored"),
+            format!("What the largest {all} have of the bytes on the disk: of a blob that n repositories hold, each an n-th"),
+            Unit::Bytes,
+            Family::clone(&bytes),
+        );
+        registry.register_with_unit(
+            format!("{what}_exclusive"),
+            format!("Bytes on the disk that only this one of the largest {all} holds"),
+            Unit::Bytes,
+            Family::clone(&exclusive),
+        );
+        registry.register(
+            format!("{what}_deduplication_ratio"),
+            format!("Logical bytes of the largest {all} for one that they have of the disk"),
+            Family::clone(&deduplication),
+        );
+        Self {
+            bytes,
+            exclusive,
+            deduplication,
+        }
+    }
+
+    fn clear(&self) {
+        self.bytes.clear();
+        self.exclusive.clear();
+        self.deduplication.clear();
+    }
+
+    /// Sets nothing while it has not been counted.
+    fn set(&self, label: &L, logical: u64, stored: Option<StoredUsage>) {
+        let Some(stored) = stored else {
+            return;
+        };
+        self.bytes.get_or_create(label).set(stored.bytes as i64);
+        self.exclusive
+            .get_or_create(label)
+            .set(stored.exclusive as i64);
+        if let Some(ratio) = ratio(logical, stored.bytes) {
+            self.deduplication.get_or_create(label).set(ratio);
+        }
+    }
 }
 
 /// How the backup goes. Only of a registry that has one.
@@ -276,6 +338,8 @@ impl Metrics {
             Unit::Bytes,
             repository_bytes.clone(),
         );
+        let namespaces_stored = StoredMeters::new(&mut registry, "namespace", "namespaces");
+        let repositories_stored = StoredMeters::new(&mut registry, "repository", "repositories");
         Self(Arc::new(Meters {
             registry,
             requests,
@@ -307,6 +371,8 @@ impl Metrics {
             namespace_objects,
             namespace_quota,
             repository_bytes,
+            namespaces_stored,
+            repositories_stored,
             scrape: Mutex::default(),
         }))
     }
@@ -373,6 +439,7 @@ impl Metrics {
         let (mut namespaces, mut repositories) = (Vec::new(), Vec::new());
         if call.context.auth.decide_operator(&call.caller) == Decision::Allowed {
             let largest = UsageOrder::Size(None);
+            store.refresh_sharing().await;
             namespaces = store.usage_of_namespaces(&largest, NAMESPACES).await?;
             let wanted = call.context.settings.metric_repositories.min(REPOSITORIES);
             if wanted > 0 {
@@ -437,6 +504,8 @@ impl Metrics {
         self.0.namespace_objects.clear();
         self.0.namespace_quota.clear();
         self.0.repository_bytes.clear();
+        self.0.namespaces_stored.clear();
+        self.0.repositories_stored.clear();
         for usage in namespaces {
             let label = NamespaceLabel {
                 namespace: usage.name,
@@ -449,6 +518,8 @@ impl Metrics {
             if let Some(quota) = usage.quota.or(default_quota) {
                 set(&self.0.namespace_quota, quota);
             }
+            let stored = &self.0.namespaces_stored;
+            stored.set(&label, usage.bytes, usage.stored);
         }
         for usage in repositories {
             let label = RepositoryLabel {
@@ -458,6 +529,8 @@ impl Metrics {
                 .repository_bytes
                 .get_or_create(&label)
                 .set(usage.bytes as i64);
+            let stored = &self.0.repositories_stored;
+            stored.set(&label, usage.bytes, usage.stored);
         }
         let mut text = String::new();
         encode(&mut text, &self.0.registry)

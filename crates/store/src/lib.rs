@@ -82,7 +82,7 @@ pub use retention::{
 pub use scrub::{DamagedManifest, ScrubCounters, ScrubStatus, Suspect};
 pub use store::Store;
 pub use upload::writer::UploadWriter;
-pub use usage::{NamespaceUsage, RepositoryUsage, UsageOrder};
+pub use usage::{NamespaceUsage, RepositoryUsage, StoredUsage, UsageOrder};
 pub use verify::{
     VerifyOptions, VerifyProgress, verify_at, verify_audit, verify_audit_at, verify_store,
 };

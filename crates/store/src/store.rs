@@ -46,6 +46,7 @@ pub(crate) struct Inner {
     pub(crate) pulls: pull::Buffer,
     /// What was counted last.
     pub(crate) figures: usage::Figures,
+    pub(crate) sharing: usage::Sharing,
     /// When pulls are written, totals counted again and old attempts removed.
     pub(crate) flushing: pull::Schedule,
     pub(crate) recounting: pull::Schedule,
@@ -179,6 +180,7 @@ impl Store {
             claims: Claims::new(shared),
             pulls: pull::Buffer::default(),
             figures: usage::Figures::default(),
+            sharing: usage::Sharing::default(),
             flushing: pull::Schedule::default(),
             recounting: pull::Schedule::default(),
             pruning: pull::Schedule::default(),

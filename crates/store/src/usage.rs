@@ -6,7 +6,7 @@
 //! most by which it is exceeded.
 //!
 //! What is stored, distinct blobs and manifests over all repositories, is counted now and then ([`Figures`]), so that
-//! nobody's change has to keep a total.
+//! nobody's change has to keep a total; so is what repositories share ([`Sharing`]).
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -22,6 +22,12 @@ use crate::repository::{self, Place};
 use crate::sql::{Body, Db, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 use crate::{attempt, audit, blob, collect, pin, pull, tag, upload};
+
+mod sharing;
+
+pub(crate) use sharing::STATEMENTS as SHARING_STATEMENTS;
+pub(crate) use sharing::Sharing;
+pub use sharing::StoredUsage;
 
 statements! {
     ADD = "INSERT INTO usage_delta (id, namespace_id, repository_id, bytes, objects, at) \
@@ -51,19 +57,19 @@ statements! {
                    CAST(COALESCE(SUM(c.objects), 0) AS BIGINT) AS objects FROM ( \
                    SELECT bytes, objects FROM usage_total UNION ALL SELECT bytes, objects FROM usage_delta) c";
     NAMESPACES = "SELECT n.name, n.quota, CAST(COALESCE(t.bytes, 0) + COALESCE(d.bytes, 0) AS BIGINT) AS bytes, \
-                      CAST(COALESCE(t.objects, 0) + COALESCE(d.objects, 0) AS BIGINT) AS objects \
+                      CAST(COALESCE(t.objects, 0) + COALESCE(d.objects, 0) AS BIGINT) AS objects, n.id \
                   FROM namespace n LEFT JOIN usage_total t ON t.namespace_id = n.id \
                   LEFT JOIN (SELECT namespace_id, SUM(bytes) AS bytes, SUM(objects) AS objects \
                              FROM usage_delta GROUP BY namespace_id) d ON d.namespace_id = n.id \
                   WHERE n.name > $1 ORDER BY n.name LIMIT $2";
-    LARGEST_NAMESPACES = "SELECT n.name, n.quota, t.bytes, t.objects FROM usage_total t \
+    LARGEST_NAMESPACES = "SELECT n.name, n.quota, t.bytes, t.objects, n.id FROM usage_total t \
                           JOIN namespace n ON n.id = t.namespace_id \
                           WHERE t.bytes < $1 OR (t.bytes = $1 AND n.name > $2) \
                           ORDER BY t.bytes DESC, n.name LIMIT $3";
     NAMESPACE = "SELECT n.name, n.quota, CAST(COALESCE((SELECT t.bytes FROM usage_total t WHERE t.namespace_id = n.id), 0) \
                      + COALESCE((SELECT SUM(d.bytes) FROM usage_delta d WHERE d.namespace_id = n.id), 0) AS BIGINT) AS bytes, \
                      CAST(COALESCE((SELECT t.objects FROM usage_total t WHERE t.namespace_id = n.id), 0) \
-                     + COALESCE((SELECT SUM(d.objects) FROM usage_delta d WHERE d.namespace_id = n.id), 0) AS BIGINT) AS objects \
+                     + COALESCE((SELECT SUM(d.objects) FROM usage_delta d WHERE d.namespace_id = n.id), 0) AS BIGINT) AS objects, n.id \
                  FROM namespace n WHERE n.name = $1";
     REPOSITORIES = "SELECT r.name, t.bytes, t.objects, t.folded_at, r.id FROM repository r \
                     JOIN repository_total t ON t.repository_id = r.id \
@@ -179,6 +185,8 @@ pub struct NamespaceUsage {
     pub objects: u64,
     /// Its own quota in bytes; `None`: the default of the configuration.
     pub quota: Option<u64>,
+    /// What it has of the disk; `None` while [`Store::refresh_sharing`] has not counted it.
+    pub stored: Option<StoredUsage>,
 }
 
 /// What a repository uses.
@@ -194,6 +202,8 @@ pub struct RepositoryUsage {
     pub at: Timestamp,
     /// Where the next page by size begins.
     pub position: i64,
+    /// What it has of the disk; `None` while [`Store::refresh_sharing`] has not counted it.
+    pub stored: Option<StoredUsage>,
 }
 
 /// How a list of usage is sorted, and after what it goes on.
@@ -265,7 +275,10 @@ impl Store {
         namespace: &str,
     ) -> Result<Option<NamespaceUsage>, Error> {
         let rows = self.0.db.read(&NAMESPACE, &[namespace.into()]).await?;
-        rows.first().map(namespace_usage).transpose()
+        let sharing = self.0.sharing.figures();
+        rows.first()
+            .map(|row| namespace_usage(row, &sharing))
+            .transpose()
     }
 
     /// What namespaces use. By size it is told as of the last fold, a moment ago, and leaves out those without content.
@@ -289,7 +302,10 @@ impl Store {
                 db.scan(&LARGEST_NAMESPACES, values).await?
             }
         };
-        rows.iter().map(namespace_usage).collect()
+        let sharing = self.0.sharing.figures();
+        rows.iter()
+            .map(|row| namespace_usage(row, &sharing))
+            .collect()
     }
 
     /// What repositories use, of one namespace or of all, as of the last fold, a moment ago. Empty ones are left out.
@@ -334,14 +350,17 @@ impl Store {
                 }
             }
         };
+        let sharing = self.0.sharing.figures();
         rows.iter()
             .map(|row| {
+                let (bytes, id) = (row.u64(1)?, row.i64(4)?);
                 Ok(RepositoryUsage {
                     name: row.parse(0)?,
-                    bytes: row.u64(1)?,
+                    bytes,
                     objects: row.u64(2)?,
                     at: row.time(3)?,
-                    position: row.i64(4)?,
+                    position: id,
+                    stored: sharing.of_repository(id, bytes),
                 })
             })
             .collect()
@@ -360,7 +379,7 @@ impl Store {
             }
             if !quick {
                 let store = self.clone();
-                if let Some(turn) = inner.figures.take_turn() {
+                if let Some(turn) = inner.figures.turn.take() {
                     inner.tasks.spawn_on(
                         async move {
                             let _turn = turn;
@@ -399,15 +418,17 @@ impl Store {
     }
 }
 
-fn namespace_usage(row: &Row) -> Result<NamespaceUsage, Error> {
+fn namespace_usage(row: &Row, sharing: &sharing::Figures) -> Result<NamespaceUsage, Error> {
+    // A total that is off for a moment is shown as nothing, not as an error.
+    let bytes = u64::try_from(row.i64(2)?).unwrap_or(0);
     Ok(NamespaceUsage {
         name: row.text(0)?,
         quota: row
             .opt_i64(1)?
             .map(|quota| u64::try_from(quota).unwrap_or(0)),
-        // A total that is off for a moment is shown as nothing, not as an error.
-        bytes: u64::try_from(row.i64(2)?).unwrap_or(0),
+        bytes,
         objects: u64::try_from(row.i64(3)?).unwrap_or(0),
+        stored: sharing.of_namespace(row.i64(4)?, bytes),
     })
 }
 
@@ -673,7 +694,7 @@ fn off(what: &str, name: &str, told: (i64, i64), found: (i64, i64)) -> String {
 #[derive(Default)]
 pub(crate) struct Figures {
     known: Mutex<Option<Counted>>,
-    turn: std::sync::Arc<Mutex<bool>>,
+    turn: Counting,
 }
 
 #[derive(Clone, Copy)]
@@ -681,6 +702,22 @@ struct Counted {
     statistics: Statistics,
     at: Instant,
     took: Duration,
+}
+
+/// Whether somebody counts.
+#[derive(Default)]
+struct Counting(std::sync::Arc<Mutex<bool>>);
+
+impl Counting {
+    /// The turn to count, when nobody else does.
+    fn take(&self) -> Option<Turn> {
+        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *taken {
+            return None;
+        }
+        *taken = true;
+        Some(Turn(std::sync::Arc::clone(&self.0)))
+    }
 }
 
 /// The turn to count; given back when it is dropped.
@@ -704,15 +741,6 @@ impl Figures {
     /// How long figures are good for.
     fn lifetime(&self) -> Duration {
         (*self.lock()).map_or(Duration::ZERO, |counted| counted.took * 100)
-    }
-
-    fn take_turn(&self) -> Option<Turn> {
-        let mut taken = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if *taken {
-            return None;
-        }
-        *taken = true;
-        Some(Turn(std::sync::Arc::clone(&self.turn)))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Counted>> {

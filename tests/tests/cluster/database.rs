@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use e2e::fault::Wire;
 use e2e::objects::Kind;
-use e2e::wire::wait_for;
-use e2e::{Cluster, ObjectStore, Postgres};
+use e2e::wire::{noise, wait_for};
+use e2e::{Cluster, ObjectStore, Postgres, Server, digest};
 
-use crate::{Pushers, Site, healthy, in_trouble, keepsake};
+use crate::{Pushers, Site, healthy, in_trouble, keepsake, verify};
 
 #[test]
 fn a_restart_of_the_database_is_told_and_survived() {
@@ -58,6 +58,56 @@ fn a_fail_over_to_a_standby_loses_nothing() {
     let mut late = e2e::cluster::replicas(&crate::options(&site.storage), 1);
     kept.readable(&late[0]);
     healthy(&mut late);
+}
+
+#[test]
+fn replicas_over_a_standby_are_read_only_until_it_is_promoted() {
+    let cluster = Cluster::of(Postgres::start(), ObjectStore::start(Kind::Versitygw));
+    let mut storage = cluster.storage();
+    let name = storage.database.rsplit('/').next().unwrap().to_owned();
+    let standby = cluster.postgres.standby();
+    // Without `target_session_attrs`, so that a standby will do for what only reads.
+    let any = Postgres::url_of_any(&[&cluster.postgres, &standby], &name);
+    storage.database = any.split('?').next().unwrap().to_owned();
+    let mut site = Site::over(cluster, storage, 2);
+    let kept = keepsake(&site.servers[0], "standby");
+    let metric = |server: &Server, wanted: &str| {
+        let line = format!("longshore_read_only{{cause=\"recovery\"}} {wanted}");
+        let metrics = server.get("/metrics");
+        (metrics.status() == 200 && metrics.text().lines().any(|one| one == line)).then_some(())
+    };
+    for server in &site.servers {
+        assert!(metric(server, "0").is_some());
+    }
+    site.cluster.postgres.kill();
+    let layer = noise(11, 50_000);
+    let blob = digest(&layer);
+    let target = format!("/v2/standby/new/blobs/uploads/?digest={blob}");
+    for server in &site.servers {
+        wait_for("read-only mode", || metric(server, "1"));
+        let refused = server.request("POST", &target, &[], &layer);
+        assert_eq!(refused.status(), 503, "{}", refused.text());
+        assert_eq!(refused.header("retry-after"), Some("30"));
+        assert!(refused.text().contains("in recovery"), "{}", refused.text());
+        let mode = server.get("/api/v1/mode").json();
+        assert_eq!(mode["mode"], "read-only", "{mode}");
+        assert_eq!(mode["databaseInRecovery"], true, "{mode}");
+        // Pulls go on, so it is ready, and says why it takes no writes.
+        kept.readable(server);
+        let ready = server.get("/readyz");
+        assert_eq!(ready.status(), 200, "{}", ready.text());
+        assert!(ready.text().contains("read-only: "), "{}", ready.text());
+        assert!(ready.text().contains("in recovery"), "{}", ready.text());
+    }
+    standby.promote();
+    for server in &site.servers {
+        wait_for("the end of the read-only mode", || metric(server, "0"));
+        let pushed = server.request("POST", &target, &[], &layer);
+        assert_eq!(pushed.status(), 201, "{}", pushed.text());
+        kept.readable(server);
+    }
+    healthy(&mut site.servers);
+    verify(&site.storage);
 }
 
 #[test]

@@ -14,9 +14,13 @@ use crate::{noise, server, verify, wait_for};
 /// A server of the build with test switches. Its leases, and the time that the objects of deleted blobs wait, last
 /// so many seconds: long enough for one push on a busy machine.
 fn hurried(seconds: u32) -> Server {
+    hurried_with(seconds, "")
+}
+
+fn hurried_with(seconds: u32, config: &str) -> Server {
     Server::with(
         &Options::new(tools::switched())
-            .config("version: 1\n")
+            .config(format!("version: 1\n{config}"))
             .env("LONGSHORE_TEST_LEASE", &format!("{seconds}s")),
     )
 }
@@ -183,6 +187,65 @@ fn a_deleted_tag_takes_its_image_along_when_its_leases_are_over() {
     assert_eq!(objects(&server), 1);
     let catalog = server.get("/v2/_catalog").json();
     assert_eq!(catalog["repositories"], json!(["a/kept"]));
+    server.stop();
+    verify(server.data());
+}
+
+/// The collector waits to be told.
+const OFF: &str = "gc: {enabled: false}\n";
+
+#[test]
+fn the_collector_goes_on_deleting_while_users_cannot_write() {
+    let mut server = if is_cluster() {
+        hurried_with(10, OFF)
+    } else {
+        server(OFF)
+    };
+    for (seed, repository) in [(7, "calm/gone"), (8, "calm/kept")] {
+        push_artifact(
+            server.url(),
+            repository,
+            "v1",
+            "application/vnd.example",
+            &noise(seed, 200_000),
+        );
+    }
+    let host = server.host().to_owned();
+    longshore(&["rm", "--repository", &format!("{host}/calm/gone")]).ok();
+    longshore(&["mode", "read-only", "--reason", "moving house", &host]).ok();
+    assert_eq!(objects(&server), 2, "nothing is collected before");
+    let layer = noise(9, 1000);
+    let push = format!("/v2/calm/kept/blobs/uploads/?digest={}", digest(&layer));
+    let refused = |server: &Server| {
+        let answer = server.request("POST", &push, &[], &layer);
+        assert_eq!(answer.status(), 503, "{}", answer.text());
+        assert!(answer.header("retry-after").is_some());
+    };
+    refused(&server);
+    longshore(&["gc", "run", &host]).ok();
+    wait_for("the collection", || (objects(&server) == 1).then_some(()));
+    // The objects go before the rows of the outbox do.
+    let status = wait_for("an empty outbox", || {
+        let status = server.get("/api/v1/collection").json();
+        (status["outbox"]["objects"] == 0).then_some(status)
+    });
+    let collected = status["sinceStart"]["collected"].as_array().unwrap();
+    assert!(
+        collected
+            .iter()
+            .any(|one| one["kind"] == "repository" && one["number"] == 1),
+        "{status}"
+    );
+    refused(&server);
+    crate::holds(&server, "calm/kept", &digest(&noise(8, 200_000)));
+    let shown = longshore(&["--json", "mode", &host]).ok();
+    assert_eq!(shown.json()["mode"], "read-only", "{shown}");
+    longshore(&["mode", "normal", &host]).ok();
+    assert_eq!(
+        server.request("POST", &push, &[], &layer).status(),
+        201,
+        "users write again"
+    );
     server.stop();
     verify(server.data());
 }

@@ -122,18 +122,35 @@ fn sentence(reason: &Value) -> String {
             }
         }
         "lease" => format!(
-            "lease until {}: it was pushed, asked for, or lost what kept it not long ago",
+            "lease{} until {}: it was pushed, asked for, or lost what kept it not long ago",
+            since(reason),
             time("until")
         ),
-        "index" => format!("part of index {}, which is kept by", text("digest")),
-        "subject" => format!("attached to {}, which is kept by", text("digest")),
+        "index" => format!(
+            "part of index {}{}, which is kept by",
+            text("digest"),
+            since(reason)
+        ),
+        "subject" => format!(
+            "attached to {}{}, which is kept by",
+            text("digest"),
+            since(reason)
+        ),
         "waits" => format!(
-            "waits until {} for its subject {}, which was not pushed yet",
+            "waits{} until {} for its subject {}, which was not pushed yet",
+            since(reason),
             time("until"),
             text("digest")
         ),
         other => format!("{other} (a newer registry knows this reason)"),
     }
+}
+
+/// Older registries do not say it of every reason.
+fn since(reason: &Value) -> String {
+    reason["since"]
+        .as_str()
+        .map_or_else(String::new, |since| format!(" since {}", short(since)))
 }
 
 #[cfg(test)]
@@ -153,10 +170,11 @@ mod tests {
                   "retention": { "keeps": false, "reason": "no rule of policy 1 keeps it" } },
                 { "kind": "pin", "holder": "agent:host1", "reason": "runs", "since": at, "until": null },
                 { "kind": "pin", "holder": "legal", "reason": "", "since": at, "until": at },
+                { "kind": "lease", "since": at, "until": at },
                 { "kind": "lease", "until": at },
-                { "kind": "waits", "digest": "sha256:b", "until": at },
-                { "kind": "index", "digest": "sha256:a", "because": [
-                    { "kind": "subject", "digest": "sha256:c", "because": [{ "kind": "new" }] }
+                { "kind": "waits", "digest": "sha256:b", "since": at, "until": at },
+                { "kind": "index", "digest": "sha256:a", "since": at, "because": [
+                    { "kind": "subject", "digest": "sha256:c", "since": at, "because": [{ "kind": "new" }] }
                 ] }
             ]
         });
@@ -168,10 +186,11 @@ kept, until somebody takes away what keeps it:
   tag `v2`, since 2026-01-02T03:04:05Z, by user:alice (retention will remove it: no rule of policy 1 keeps it)
   pinned by agent:host1 since 2026-01-02T03:04:05Z: runs
   pinned by legal since 2026-01-02T03:04:05Z, until 2026-01-02T03:04:05Z
+  lease since 2026-01-02T03:04:05Z until 2026-01-02T03:04:05Z: it was pushed, asked for, or lost what kept it not long ago
   lease until 2026-01-02T03:04:05Z: it was pushed, asked for, or lost what kept it not long ago
-  waits until 2026-01-02T03:04:05Z for its subject sha256:b, which was not pushed yet
-  part of index sha256:a, which is kept by
-    attached to sha256:c, which is kept by
+  waits since 2026-01-02T03:04:05Z until 2026-01-02T03:04:05Z for its subject sha256:b, which was not pushed yet
+  part of index sha256:a since 2026-01-02T03:04:05Z, which is kept by
+    attached to sha256:c since 2026-01-02T03:04:05Z, which is kept by
       new (a newer registry knows this reason)
   … and there are more reasons"
         );

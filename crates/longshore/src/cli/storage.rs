@@ -79,11 +79,17 @@ impl Storage {
                     vec![
                         text(&item["name"]),
                         size(&item["bytes"]),
+                        size(&item["storedBytes"]),
+                        size(&item["exclusiveBytes"]),
+                        times(&item["deduplication"]),
                         text(&item["objects"]),
                     ]
                 })
                 .collect();
-            output::table(&["REPOSITORY", "SIZE", "OBJECTS"], &rows);
+            output::table(
+                &["REPOSITORY", "SIZE", "STORED", "ALONE", "RATIO", "OBJECTS"],
+                &rows,
+            );
         } else {
             output::table(&NAMESPACE_COLUMNS, &namespace_rows(&items));
         }
@@ -117,7 +123,15 @@ fn summary(totals: &Value) -> String {
 }
 
 /// Columns of [`namespace_rows`].
-pub(super) const NAMESPACE_COLUMNS: [&str; 4] = ["NAMESPACE", "SIZE", "OBJECTS", "QUOTA"];
+pub(super) const NAMESPACE_COLUMNS: [&str; 7] = [
+    "NAMESPACE",
+    "SIZE",
+    "STORED",
+    "ALONE",
+    "RATIO",
+    "OBJECTS",
+    "QUOTA",
+];
 
 /// Namespaces as rows of a table.
 pub(super) fn namespace_rows(items: &[Value]) -> Vec<Vec<String>> {
@@ -131,11 +145,21 @@ pub(super) fn namespace_rows(items: &[Value]) -> Vec<Vec<String>> {
             vec![
                 text(&item["name"]),
                 size(&item["bytes"]),
+                size(&item["storedBytes"]),
+                size(&item["exclusiveBytes"]),
+                times(&item["deduplication"]),
                 text(&item["objects"]),
                 quota,
             ]
         })
         .collect()
+}
+
+/// Empty where it is not known.
+fn times(value: &Value) -> String {
+    value
+        .as_f64()
+        .map_or_else(String::new, |ratio| format!("{ratio:.2}"))
 }
 
 fn size(value: &Value) -> String {

@@ -173,22 +173,39 @@ fn reason(reason: &Reason) -> Value {
             "since": time(*since),
             "until": until.map(time),
         }),
-        Reason::Lease { until } => json!({ "kind": "lease", "until": time(*until) }),
+        Reason::Lease { since, until } => {
+            json!({ "kind": "lease", "since": time(*since), "until": time(*until) })
+        }
         Reason::Index {
             digest,
+            since,
             because: of,
-        } => {
-            json!({ "kind": "index", "digest": digest, "because": because(of) })
-        }
+        } => json!({
+            "kind": "index",
+            "digest": digest,
+            "since": time(*since),
+            "because": because(of),
+        }),
         Reason::Subject {
             digest,
+            since,
             because: of,
-        } => {
-            json!({ "kind": "subject", "digest": digest, "because": because(of) })
-        }
-        Reason::Waits { subject, until } => {
-            json!({ "kind": "waits", "digest": subject, "until": time(*until) })
-        }
+        } => json!({
+            "kind": "subject",
+            "digest": digest,
+            "since": time(*since),
+            "because": because(of),
+        }),
+        Reason::Waits {
+            subject,
+            since,
+            until,
+        } => json!({
+            "kind": "waits",
+            "digest": subject,
+            "since": time(*since),
+            "until": time(*until),
+        }),
         _ => json!({ "kind": "other" }),
     }
 }
@@ -200,6 +217,10 @@ pub(super) fn paths() -> Value {
         "description": "The repository; it may contain slashes", "schema": { "type": "string" }
     });
     let time = json!({ "type": ["string", "null"], "format": "date-time" });
+    let since = json!({
+        "type": "string", "format": "date-time",
+        "description": "tag: it points there; pin: it was set; lease: it was last renewed, reckoned with the lease that is set now; index and subject: both are there; waits: the push"
+    });
     let reason = json!({
         "type": "object",
         "required": ["kind"],
@@ -215,7 +236,7 @@ pub(super) fn paths() -> Value {
             "holder": { "type": "string" },
             "reason": { "type": "string" },
             "digest": { "type": "string", "description": "The index, the subject, or the subject that is waited for" },
-            "since": time,
+            "since": since,
             "until": time,
             "because": { "type": "array", "description": "Why the index or subject is kept: reasons again", "items": { "type": "object" } }
         }

@@ -7,7 +7,7 @@ use http::{Method, Response, StatusCode};
 use oci::RepositoryName;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use store::{NamespaceUsage, RepositoryUsage, Statistics, UsageOrder};
+use store::{NamespaceUsage, RepositoryUsage, Statistics, StoredUsage, UsageOrder};
 
 use super::{allow, page, time};
 use crate::auth::Decision;
@@ -78,10 +78,22 @@ async fn totals(call: &Call) -> Result<Response<Body>, Refusal> {
 /// How many logical bytes there are for one that is stored and wanted; `null` where nothing is stored.
 pub(crate) fn deduplication(figures: &Statistics) -> Option<f64> {
     let stored = figures.stored_bytes().saturating_sub(figures.waiting_bytes);
+    ratio(figures.logical_bytes, stored)
+}
+
+/// Logical bytes for one that is stored; `None` where nothing is.
+pub(crate) fn ratio(logical: u64, stored: u64) -> Option<f64> {
     (stored > 0).then(|| {
-        let ratio = figures.logical_bytes as f64 / stored as f64;
+        let ratio = logical as f64 / stored as f64;
         (ratio * 1000.0).round() / 1000.0
     })
+}
+
+/// Adds what something has of the disk; `null` while it has not been counted.
+fn add_stored(shown: &mut Value, logical: u64, stored: Option<StoredUsage>) {
+    shown["storedBytes"] = json!(stored.map(|stored| stored.bytes));
+    shown["exclusiveBytes"] = json!(stored.map(|stored| stored.exclusive));
+    shown["deduplication"] = json!(stored.and_then(|stored| ratio(logical, stored.bytes)));
 }
 
 async fn namespaces(call: &Call) -> Result<Response<Body>, Refusal> {
@@ -89,6 +101,7 @@ async fn namespaces(call: &Call) -> Result<Response<Body>, Refusal> {
     let query = call.query()?;
     let limit = page(&query)?;
     let order = order(&query)?;
+    let age = call.context.store.refresh_sharing().await;
     let mut found = call
         .context
         .store
@@ -104,23 +117,26 @@ async fn namespaces(call: &Call) -> Result<Response<Body>, Refusal> {
     let items: Vec<_> = found.iter().map(|usage| shown(usage, default)).collect();
     Ok(json_response(
         StatusCode::OK,
-        &json!({ "items": items, "next": next }),
+        &json!({ "items": items, "next": next, "storedAgeSeconds": age.map(|age| age.as_secs()) }),
     ))
 }
 
 fn shown(usage: &NamespaceUsage, default: Option<u64>) -> Value {
-    json!({
+    let mut shown = json!({
         "name": usage.name,
         "bytes": usage.bytes,
         "objects": usage.objects,
         "quota": usage.quota.or(default),
         "quotaIsDefault": usage.quota.is_none(),
-    })
+    });
+    add_stored(&mut shown, usage.bytes, usage.stored);
+    shown
 }
 
 async fn namespace(call: &Call, name: &RepositoryName) -> Result<Response<Body>, Refusal> {
     let name = name.namespace();
     let store = &call.context.store;
+    store.refresh_sharing().await;
     let usage = store.usage_of_namespace(name).await?.ok_or_else(|| {
         Refusal::new(
             StatusCode::NOT_FOUND,
@@ -171,6 +187,12 @@ async fn repositories(call: &Call) -> Result<Response<Body>, Refusal> {
     let limit = page(&query)?;
     let namespace = query.get("namespace");
     let mut order = order(&query)?;
+    // Whether somebody else holds the same content is not for those who may not see everything.
+    let age = if sees_all {
+        call.context.store.refresh_sharing().await
+    } else {
+        None
+    };
     let (mut items, mut looked_at) = (Vec::new(), 0);
     let more = loop {
         let found = call
@@ -188,12 +210,16 @@ async fn repositories(call: &Call) -> Result<Response<Body>, Refusal> {
             looked_at += 1;
             order = after(&order, usage);
             if sees_all || auth.may_list(&call.caller, &usage.name) {
-                items.push(json!({
+                let mut item = json!({
                     "name": usage.name.as_str(),
                     "bytes": usage.bytes,
                     "objects": usage.objects,
                     "at": time(usage.at),
-                }));
+                });
+                if sees_all {
+                    add_stored(&mut item, usage.bytes, usage.stored);
+                }
+                items.push(item);
             }
         }
         if full || (!last && looked_at >= MOST_LOOKED_AT) {
@@ -208,10 +234,11 @@ async fn repositories(call: &Call) -> Result<Response<Body>, Refusal> {
         UsageOrder::Size(last) => last.map(|(bytes, position)| format!("{bytes},{position}")),
     }
     .filter(|_| more);
-    Ok(json_response(
-        StatusCode::OK,
-        &json!({ "items": items, "next": next }),
-    ))
+    let mut page = json!({ "items": items, "next": next });
+    if sees_all {
+        page["storedAgeSeconds"] = json!(age.map(|age| age.as_secs()));
+    }
+    Ok(json_response(StatusCode::OK, &page))
 }
 
 fn after(order: &UsageOrder, usage: &RepositoryUsage) -> UsageOrder {
@@ -271,9 +298,16 @@ pub(super) fn paths() -> Value {
         json!({ "description": "One page", "content": { "application/json": { "schema": {
             "type": "object",
             "required": ["items", "next"],
-            "properties": { "items": { "type": "array", "items": item }, "next": { "type": ["string", "null"] } }
+            "properties": {
+                "items": { "type": "array", "items": item },
+                "next": { "type": ["string", "null"] },
+                "storedAgeSeconds": { "type": ["integer", "null"], "description": "How old `storedBytes`, `exclusiveBytes` and `deduplication` are; null: not counted yet" }
+            }
         } } } })
     };
+    let stored = json!({ "type": ["integer", "null"], "description": "Its part of the bytes on the disk: of a blob that n repositories hold, each has an n-th. For operators; null: not counted yet" });
+    let exclusive = json!({ "type": ["integer", "null"], "description": "Bytes on the disk that nobody else holds. For operators; null: not counted yet" });
+    let deduplication = json!({ "type": ["number", "null"], "description": "`bytes` for one of `storedBytes`. For operators" });
     let namespace = json!({
         "type": "object",
         "required": ["name", "bytes", "objects", "quota", "quotaIsDefault"],
@@ -282,7 +316,8 @@ pub(super) fn paths() -> Value {
             "bytes": { "type": "integer", "description": "Distinct blobs and manifests of each of its repositories" },
             "objects": { "type": "integer" },
             "quota": { "type": ["integer", "null"], "description": "null: no limit" },
-            "quotaIsDefault": { "type": "boolean" }
+            "quotaIsDefault": { "type": "boolean" },
+            "storedBytes": stored, "exclusiveBytes": exclusive, "deduplication": deduplication
         }
     });
     let mut repositories = list();
@@ -364,7 +399,8 @@ pub(super) fn paths() -> Value {
                             "name": { "type": "string" },
                             "bytes": { "type": "integer" },
                             "objects": { "type": "integer" },
-                            "at": { "type": "string", "format": "date-time" }
+                            "at": { "type": "string", "format": "date-time" },
+                            "storedBytes": stored, "exclusiveBytes": exclusive, "deduplication": deduplication
                         }
                     })),
                     "401": error()

@@ -23,6 +23,8 @@ pub(crate) const EMPTY: &str =
 /// A running server.
 pub(crate) struct Registry {
     pub(crate) address: SocketAddr,
+    /// For what nobody does by itself here, such as folding totals.
+    pub(crate) store: Store,
     pub(crate) dir: TempDir,
     stop: Option<oneshot::Sender<()>>,
     pub(crate) task: JoinHandle<Result<(), registry::Error>>,
@@ -94,7 +96,7 @@ impl Registry {
             ..Settings::default()
         };
         change(&mut settings);
-        let server = Server::bind(settings, store).await.unwrap();
+        let server = Server::bind(settings, store.clone()).await.unwrap();
         let address = server.local_addresses()[0];
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(server.run(async move {
@@ -102,6 +104,7 @@ impl Registry {
         }));
         Self {
             address,
+            store,
             dir,
             stop: Some(stop),
             task,

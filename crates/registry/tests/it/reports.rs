@@ -305,6 +305,10 @@ async fn attempts_are_kept_as_they_came_and_shown_to_those_who_may() {
     assert_eq!((&kept["added"], &kept["seams"]), (&json!(2), &json!(1)));
 }
 
+fn ratio(logical: u64, stored: u64) -> f64 {
+    (logical as f64 / stored as f64 * 1000.0).round() / 1000.0
+}
+
 #[tokio::test]
 async fn a_quota_refuses_early_and_the_report_adds_up() {
     let registry = Registry::users(|settings| settings.metric_repositories = 1).await;
@@ -315,12 +319,18 @@ async fn a_quota_refuses_early_and_the_report_adds_up() {
     let size = image("x").len() as u64 + 2;
     let namespace = "/api/v1/storage/namespaces/shop";
     let put = format!("PUT {namespace}");
+    // Nobody has asked before.
+    registry.store.count_sharing().await.unwrap();
     let set = send(&registry, "root", &put, &json!({ "quota": 2 * size }))
         .await
         .expect(200);
     assert_eq!(
         set.json(),
-        json!({ "name": "shop", "bytes": 2 * size, "objects": 4, "quota": 2 * size, "quotaIsDefault": false })
+        json!({
+            "name": "shop", "bytes": 2 * size, "objects": 4, "quota": 2 * size, "quotaIsDefault": false,
+            // They share the config of two bytes.
+            "storedBytes": 2 * size - 2, "exclusiveBytes": 2 * size - 2, "deduplication": ratio(2 * size, 2 * size - 2),
+        })
     );
     let refused = registry
         .call("POST /v2/shop/web/blobs/uploads/", &root, b"")
@@ -374,6 +384,27 @@ async fn a_quota_refuses_early_and_the_report_adds_up() {
     assert!(storage["deduplication"].as_f64().unwrap() > 1.0);
     let namespaces = read(&registry, "root", "/api/v1/storage/namespaces?sort=name").await;
     assert_eq!(namespaces["items"][0]["name"], "shop");
+    assert_eq!(namespaces["items"][0]["storedBytes"], 2 * size - 2);
+    assert!(namespaces["storedAgeSeconds"].is_u64(), "{namespaces}");
+    registry.store.maintain_once().await.unwrap();
+    let path = "/api/v1/storage/repositories?namespace=shop";
+    let repositories = read(&registry, "root", path).await;
+    for item in repositories["items"].as_array().unwrap() {
+        assert_eq!(
+            (
+                &item["bytes"],
+                &item["storedBytes"],
+                &item["exclusiveBytes"]
+            ),
+            (&json!(size), &json!(size - 1), &json!(size - 2)),
+        );
+        assert_eq!(item["deduplication"], ratio(size, size - 1));
+    }
+    assert_eq!(repositories["items"].as_array().unwrap().len(), 2);
+    // That somebody else holds the same content is told to operators alone.
+    let seen = read(&registry, "alice", path).await;
+    assert!(seen["items"][0]["bytes"].is_u64(), "{seen}");
+    assert!(seen["items"][0].get("storedBytes").is_none(), "{seen}");
     send(&registry, "alice", "GET /api/v1/storage", &Value::Null)
         .await
         .refused(403, "DENIED");
@@ -386,6 +417,21 @@ async fn a_quota_refuses_early_and_the_report_adds_up() {
         metrics.contains(&format!("longshore_logical_bytes {}", 2 * size)),
         "{metrics}"
     );
+    let (shop, of_shop) = (2 * size - 2, ratio(2 * size, 2 * size - 2));
+    let (one, of_one) = (size - 1, ratio(size, size - 1));
+    for line in [
+        format!("longshore_namespace_stored_bytes{{namespace=\"shop\"}} {shop}"),
+        format!("longshore_namespace_exclusive_bytes{{namespace=\"shop\"}} {shop}"),
+        format!("longshore_namespace_deduplication_ratio{{namespace=\"shop\"}} {of_shop}"),
+        format!("longshore_repository_stored_bytes{{repository=\"shop/api\"}} {one}"),
+        format!(
+            "longshore_repository_exclusive_bytes{{repository=\"shop/api\"}} {}",
+            size - 2
+        ),
+        format!("longshore_repository_deduplication_ratio{{repository=\"shop/api\"}} {of_one}"),
+    ] {
+        assert!(metrics.lines().any(|one| one == line), "{line}\n{metrics}");
+    }
     let anonymous = registry.get("/metrics").await.expect(200).text();
     assert!(anonymous.contains("longshore_logical_bytes"));
     assert!(!anonymous.contains("namespace=\"shop\""), "{anonymous}");

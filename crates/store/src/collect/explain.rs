@@ -19,6 +19,7 @@ use crate::store::Store;
 
 statements! {
     TAGS = "SELECT name, updated_at, updated_by FROM tag WHERE manifest_id = $1 AND name > $2 ORDER BY name LIMIT $3";
+    PUSHED = "SELECT created_at FROM manifest WHERE id = $1";
     PINS = "SELECT holder, reason, created_at, expires_at FROM pin \
             WHERE manifest_id = $1 AND (expires_at IS NULL OR expires_at > $2) ORDER BY holder LIMIT $3";
 }
@@ -61,6 +62,8 @@ pub enum Reason {
     },
     /// It was pushed, asked for, or lost what kept it, not long ago.
     Lease {
+        /// Since when: the last time that happened, reckoned back from its end with the lease that is set now.
+        since: Timestamp,
         /// Until when.
         until: Timestamp,
     },
@@ -68,6 +71,8 @@ pub enum Reason {
     Index {
         /// The index.
         digest: Digest,
+        /// Since when both are there.
+        since: Timestamp,
         /// Why that is kept.
         because: Vec<Self>,
     },
@@ -75,6 +80,8 @@ pub enum Reason {
     Subject {
         /// The manifest.
         digest: Digest,
+        /// Since when both are there.
+        since: Timestamp,
         /// Why that is kept.
         because: Vec<Self>,
     },
@@ -82,6 +89,8 @@ pub enum Reason {
     Waits {
         /// The manifest that is waited for.
         subject: Digest,
+        /// Since when: its push.
+        since: Timestamp,
         /// Until when.
         until: Timestamp,
     },
@@ -93,7 +102,7 @@ impl Reason {
         match self {
             Self::Tag { .. } => None,
             Self::Pin { until, .. } => *until,
-            Self::Lease { until } | Self::Waits { until, .. } => Some(*until),
+            Self::Lease { until, .. } | Self::Waits { until, .. } => Some(*until),
             Self::Index { because, .. } | Self::Subject { because, .. } => last_end(because),
         }
     }
@@ -206,8 +215,11 @@ impl Search<'_> {
                 }
                 let because = self.reasons(tx, index, depth + 1).await?;
                 if !because.is_empty() {
-                    let digest = manifest::digest(tx, index).await?;
-                    reasons.push(Reason::Index { digest, because });
+                    reasons.push(Reason::Index {
+                        digest: manifest::digest(tx, index).await?,
+                        since: node.created_at.max(pushed(tx, index).await?),
+                        because,
+                    });
                 }
             }
             let subjects =
@@ -219,15 +231,21 @@ impl Search<'_> {
                     Some(above) => {
                         let because = self.reasons(tx, above, depth + 1).await?;
                         if !because.is_empty() {
-                            let digest = subject.digest;
-                            reasons.push(Reason::Subject { digest, because });
+                            reasons.push(Reason::Subject {
+                                digest: subject.digest,
+                                since: node.created_at.max(pushed(tx, above).await?),
+                                because,
+                            });
                         }
                     }
                     None if subject.gone_at.is_some() => {}
                     None => {
                         if let Some(until) = node.waits(&self.rules.gc, now) {
-                            let subject = subject.digest;
-                            reasons.push(Reason::Waits { subject, until });
+                            reasons.push(Reason::Waits {
+                                subject: subject.digest,
+                                since: node.created_at,
+                                until,
+                            });
                         }
                     }
                 }
@@ -285,10 +303,22 @@ impl Search<'_> {
             });
         }
         if let Some(until) = node.leased(&self.rules.gc, now) {
-            reasons.push(Reason::Lease { until });
+            let began = node.lease_until.minus(self.rules.lease);
+            reasons.push(Reason::Lease {
+                since: began.max(node.created_at).min(now),
+                until,
+            });
         }
         Ok(reasons)
     }
+}
+
+/// When a manifest that is there was pushed first.
+async fn pushed(tx: &mut Tx, manifest: i64) -> Result<Timestamp, Error> {
+    tx.query_opt(&PUSHED, &[manifest.into()])
+        .await?
+        .ok_or_else(|| Error::Database("a manifest vanished".to_owned()))?
+        .time(0)
 }
 
 /// Reasons of one kind that are listed.

@@ -121,6 +121,7 @@ pub(crate) fn registry() -> impl Iterator<Item = &'static Statement> {
         crate::tag::STATEMENTS,
         crate::upload::STATEMENTS,
         crate::usage::STATEMENTS,
+        crate::usage::SHARING_STATEMENTS,
         crate::verify::STATEMENTS,
     ]
     .into_iter()

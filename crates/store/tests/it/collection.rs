@@ -589,10 +589,41 @@ async fn reasons_are_told(store: &Store) {
         async move { store.kept(&repository, &digest).await.unwrap() }
     };
     let fresh = kept(&child).await.unwrap();
-    assert!(matches!(
-        &fresh.reasons[..],
-        [Reason::Lease { .. }, Reason::Index { .. }]
-    ));
+    let [
+        Reason::Lease {
+            since: pushed,
+            until,
+        },
+        Reason::Index { since: named, .. },
+    ] = &fresh.reasons[..]
+    else {
+        panic!("{fresh:?}");
+    };
+    assert_eq!(pushed.plus(Duration::from_hours(24)), *until);
+    assert!(named > pushed, "the index came later: {fresh:?}");
+    let named = *named;
+    let attached = match &kept(&signature).await.unwrap().reasons[..] {
+        [Reason::Lease { since, .. }, Reason::Subject { .. }] => *since,
+        other => panic!("{other:?}"),
+    };
+    let waits = match &kept(&orphan).await.unwrap().reasons[..] {
+        [Reason::Lease { since, .. }, Reason::Waits { .. }] => *since,
+        other => panic!("{other:?}"),
+    };
+    // The lease of what loses its tag begins again.
+    put(store, &repository, &child, &["passing"]).await.unwrap();
+    store.advance_clock(Duration::from_hours(1));
+    untag(store, &repository, "passing").await;
+    match &kept(&child).await.unwrap().reasons[..] {
+        [
+            Reason::Lease { since, .. },
+            Reason::Index { since: same, .. },
+        ] => {
+            assert!(*since >= pushed.plus(Duration::from_hours(1)));
+            assert_eq!(*same, named);
+        }
+        other => panic!("{other:?}"),
+    }
     lease_over(store).await;
     pin(store, &repository, &[(&parent, 50)]).await;
     let above = kept(&parent).await.unwrap();
@@ -613,18 +644,33 @@ async fn reasons_are_told(store: &Store) {
     assert_eq!(above.until, None);
     // From the signature to its subject, to the index that names it, to the tag.
     let chain = kept(&signature).await.unwrap();
-    let [Reason::Subject { digest, because }] = &chain.reasons[..] else {
+    let [
+        Reason::Subject {
+            digest,
+            since,
+            because,
+        },
+    ] = &chain.reasons[..]
+    else {
         panic!("{chain:?}");
     };
-    assert_eq!(*digest, described(&child).digest);
-    let [Reason::Index { digest, because }] = &because[..] else {
+    assert_eq!((digest, *since), (&described(&child).digest, attached));
+    let [
+        Reason::Index {
+            digest,
+            since,
+            because,
+        },
+    ] = &because[..]
+    else {
         panic!("{chain:?}");
     };
-    assert_eq!(*digest, described(&parent).digest);
+    assert_eq!((digest, *since), (&described(&parent).digest, named));
     assert_eq!(*because, above.reasons);
     let waiting = kept(&orphan).await.unwrap();
     assert!(
-        matches!(&waiting.reasons[..], [Reason::Waits { until, .. }] if waiting.until == Some(*until))
+        matches!(&waiting.reasons[..], [Reason::Waits { since, until, .. }]
+            if waiting.until == Some(*until) && *since == waits)
     );
     assert!(
         store

@@ -20,6 +20,7 @@ pub(crate) async fn keep_the_contract(store: &Store) {
     attempts_are_kept_in_order(store).await;
     quotas_are_checked(store).await;
     totals_are_the_truth(store).await;
+    shared_blobs_are_divided(store).await;
     pulls_are_counted(store).await;
 }
 
@@ -511,6 +512,58 @@ async fn totals_are_the_truth(store: &Store) {
         .unwrap();
     store.maintain_once().await.unwrap();
     assert_eq!(sizes(Some("totals"), by_name()).await.len(), 1);
+}
+
+/// What repositories have of the disk adds up to what is stored and wanted.
+async fn shared_blobs_are_divided(store: &Store) {
+    for repository in ["share/a", "share/b", "shared/c"] {
+        push_blob(store, &name(repository), &content(7450, 1001)).await;
+    }
+    for repository in ["share/a", "share/b"] {
+        push_blob(store, &name(repository), &content(7451, 500)).await;
+    }
+    let own = push_blob(store, &name("share/a"), &content(7452, 70)).await;
+    let view = image(&own, &[]);
+    put(store, &name("share/a"), &view, &["v1"]).await.unwrap();
+    let manifest = view.to_bytes().len() as u64;
+    store.maintain_once().await.unwrap();
+    store.count_sharing().await.unwrap();
+    assert!(store.refresh_sharing().await.is_some());
+    let by_name = || UsageOrder::Name(String::new());
+    let repositories = store
+        .usage_of_repositories(None, &by_name(), 1000)
+        .await
+        .unwrap();
+    let of = |wanted: &str| {
+        let usage = repositories
+            .iter()
+            .find(|usage| usage.name.as_str() == wanted)
+            .unwrap();
+        let stored = usage.stored.unwrap();
+        (usage.bytes, stored.bytes, stored.exclusive)
+    };
+    let alone = 70 + manifest;
+    let (a, b, c) = (of("share/a"), of("share/b"), of("shared/c"));
+    assert_eq!(a, (1501 + alone, 334 + 250 + alone, alone));
+    assert_eq!(b, (1501, 334 + 250, 0));
+    assert_eq!(c, (1001, 333, 0));
+    for order in [by_name(), UsageOrder::Size(None)] {
+        let namespaces = store.usage_of_namespaces(&order, 1000).await.unwrap();
+        let share = namespaces.iter().find(|usage| usage.name == "share");
+        let share = share.unwrap();
+        assert_eq!(share.bytes, a.0 + b.0);
+        let stored = share.stored.unwrap();
+        assert_eq!((stored.bytes, stored.exclusive), (a.1 + b.1, 500 + alone));
+        let one = store.usage_of_namespace("share").await.unwrap();
+        assert_eq!(one.as_ref(), Some(share));
+        let parts: u64 = namespaces
+            .iter()
+            .map(|usage| usage.stored.unwrap().bytes)
+            .sum();
+        let statistics = store.statistics().await.unwrap();
+        let wanted = statistics.stored_bytes() - statistics.waiting_bytes;
+        assert_eq!(parts, wanted, "{order:?}");
+    }
 }
 
 async fn pulls_are_counted(store: &Store) {

@@ -156,6 +156,17 @@ impl StandIn {
         state.objects.retain(|_, object| object != bytes);
     }
 
+    /// Changes one byte of the object that has these bytes, as a bad disk would.
+    pub(crate) fn spoil(&self, bytes: &Bytes) {
+        let mut state = self.state.lock().unwrap();
+        let mut objects = state.objects.values_mut();
+        let object = objects.find(|object| *object == bytes).unwrap();
+        let mut changed = object.to_vec();
+        let middle = changed.len() / 2;
+        changed[middle] ^= 1;
+        *object = changed.into();
+    }
+
     /// Changes every object.
     pub(crate) fn damage(&self) {
         let mut state = self.state.lock().unwrap();

@@ -118,6 +118,55 @@ async fn a_scrub_marks_what_is_missing_minutes_later_too() {
     store.close().await.unwrap();
 }
 
+#[tokio::test]
+async fn a_damaged_object_is_found_and_told_and_a_push_heals_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (objects, location, contents) = world(&directory, 3).await;
+    let store = Store::open_at(&location, Options::default()).await.unwrap();
+    let (repository, damaged) = (name("a/b"), Digest::sha256(&contents[1]));
+    scrub(&store).await.unwrap();
+    assert_eq!(store.suspect_count().await.unwrap(), 0);
+    objects.spoil(&contents[1]);
+    // Once may be the way here; it is read again minutes later.
+    scrub(&store).await.unwrap();
+    assert_eq!(store.suspect_count().await.unwrap(), 0);
+    store.advance_clock(MINUTES);
+    assert_eq!(store.scrub_once().await.unwrap(), 1);
+
+    let status = store.scrub_status().await.unwrap();
+    assert_eq!((status.suspect_count, status.suspects.len()), (1, 1));
+    let suspect = &status.suspects[0];
+    assert_eq!(suspect.digest, damaged);
+    assert!(suspect.repositories.contains(&repository), "{suspect:?}");
+    assert_eq!(suspect.manifests.len(), 1, "{suspect:?}");
+    assert_eq!(store.scrub_counters().damaged, 1);
+    let report = store.verify_open().await.unwrap();
+    let tells = |text: &String| text.contains(&damaged.to_string());
+    assert!(report.problems.iter().any(tells), "{:?}", report.problems);
+    // It is absent to whoever would rely on it, so that it is pushed again.
+    let told = store.stat_blob(&repository, &damaged, true).await.unwrap();
+    assert!(told.is_none());
+    let opened = store.open_blob(&repository, &damaged).await;
+    assert!(
+        matches!(&opened, Err(Error::BlobDamaged(digest)) if *digest == damaged),
+        "{opened:?}"
+    );
+
+    push_blob(&store, &name("c/d"), &contents[1]).await;
+    assert_eq!(store.suspect_count().await.unwrap(), 0);
+    all_there(&store, &contents).await;
+    scrub(&store).await.unwrap();
+    store.advance_clock(MINUTES);
+    store.scrub_once().await.unwrap();
+    assert_eq!(store.suspect_count().await.unwrap(), 0);
+    // The damaged object goes, and no other.
+    store.advance_clock(Duration::from_hours(2));
+    store.maintain_once().await.unwrap();
+    assert_eq!(objects.objects(), contents.len());
+    assert_sound(&store).await;
+    store.close().await.unwrap();
+}
+
 fn settings(accept_damaged: bool) -> Settings {
     Settings {
         verify: Verify::Full,
