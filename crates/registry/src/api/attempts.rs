@@ -45,10 +45,10 @@ async fn add(call: &mut Call) -> Result<Response<Body>, Refusal> {
     let bad = |message: String| Refusal::bad_request(UNSUPPORTED, message);
     if batch.target.is_empty()
         || batch.target.len() > LONGEST_TARGET
-        || batch.target.chars().any(char::is_control)
+        || batch.target.chars().any(oci::text::is_unprintable)
     {
         return Err(bad(format!(
-            "`target` must have 1 to {LONGEST_TARGET} bytes"
+            "`target` must have 1 to {LONGEST_TARGET} bytes of plain text"
         )));
     }
     if batch.records.len() > MOST {

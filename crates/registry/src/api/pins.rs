@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use store::{ExpectedPins, HeldPin, Pin, Timestamp};
 
-use super::{allow, page, time};
+use super::{allow, page, printable, time};
 use crate::auth::{Decision, Principal};
 use crate::error::{DENIED, Refusal, UNSUPPORTED};
 use crate::serve::body::Body;
@@ -79,7 +79,7 @@ pub(super) fn is_own(call: &Call, holder: &str) -> bool {
 
 fn check_name(holder: &str) -> Result<(), Refusal> {
     let fits = holder.len() <= LONGEST_NAME
-        && !holder.chars().any(char::is_control)
+        && !holder.chars().any(oci::text::is_unprintable)
         && holder
             .split('/')
             .all(|word| !word.is_empty() && word != "." && word != "..");
@@ -132,6 +132,7 @@ async fn replace(call: &mut Call, holder: &str) -> Result<Response<Body>, Refusa
                 format!("a `reason` has at most {LONGEST_REASON} bytes"),
             ));
         }
+        printable("reason", &pin.reason)?;
         let expires = pin.expires.map(|text| {
             let at: jiff::Timestamp = text.parse().map_err(|_| {
                 Refusal::bad_request(
