@@ -447,7 +447,7 @@ pub(super) fn paths() -> Value {
             "put": {
                 "operationId": "setPins",
                 "summary": "Replace the whole set of a holder",
-                "description": "Idempotent. Takes `If-Match` with the `ETag` of the set, or `If-None-Match: *`. A digest that is not here, or that the caller may not pull, is told as missing and is no error.",
+                "description": "Idempotent, and let through in the read-only mode by command. Takes `If-Match` with the `ETag` of the set, or `If-None-Match: *`. A digest that is not here, or that the caller may not pull, is told as missing and is no error.",
                 "requestBody": { "required": true, "content": { "application/json": { "schema": {
                     "type": "object",
                     "required": ["pins"],
@@ -486,5 +486,5 @@ pub(super) fn paths() -> Value {
 const LONGEST_NAME: usize = 255;
 const LONGEST_REASON: usize = 256;
 /// Pins of one holder.
-const MOST: usize = 10_000;
-const LONGEST_BODY: usize = 8 << 20;
+const MOST: usize = 2000;
+const LONGEST_BODY: usize = 2 << 20;

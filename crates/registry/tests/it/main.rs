@@ -8,6 +8,7 @@ mod blob;
 #[cfg(test)]
 mod catalog;
 #[cfg(test)]
+mod early;
 mod events;
 #[cfg(test)]
 mod harness;
