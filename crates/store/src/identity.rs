@@ -10,6 +10,7 @@
 //! database that has objects takes a place for its own only when the place has some of them.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::blob::StorageKey;
 use crate::blob::file_system::sync_directory;
@@ -76,6 +77,23 @@ impl Place {
             objects: objects.clone(),
             root,
             whole,
+        }
+    }
+
+    /// Database and objects lie in one data directory.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    /// The identity of a place that must have this one. That it is not there is asked for twice, because an answer that
+    /// was wrong for a moment would keep a store shut.
+    async fn read_known(&self, known: bool) -> Result<Option<String>, Error> {
+        match self.read().await? {
+            None if known && !self.whole => {
+                tokio::time::sleep(PAUSE).await;
+                self.read().await
+            }
+            found => Ok(found),
         }
     }
 
@@ -164,7 +182,7 @@ impl Place {
 /// [`Error::Unusable`] when the two are not of one store; [`Error::Unavailable`] while another replica makes it.
 pub(crate) async fn claim(db: &Db, place: &Place, how: Claim) -> Result<Option<String>, Error> {
     let ours = find(db).await?;
-    let theirs = place.read().await?;
+    let theirs = place.read_known(ours.is_some()).await?;
     if how == Claim::TakeOver {
         if place.whole && theirs.is_none() {
             return Ok(ours.map(|ours| ours.id));
@@ -213,7 +231,8 @@ pub(crate) async fn claim(db: &Db, place: &Place, how: Claim) -> Result<Option<S
 /// [`Error::Unusable`] when the two are not of one store.
 pub(crate) async fn compare(ours: Option<&str>, place: &Place) -> Result<(), Error> {
     let ours = ours.map(Known::parse);
-    match (ours, place.read().await?) {
+    let theirs = place.read_known(ours.is_some()).await?;
+    match (ours, theirs) {
         (Some(ours), Some(theirs)) if ours.id == theirs => Ok(()),
         (Some(_), Some(_)) => Err(place.refuse(OTHER)),
         (None, Some(_)) if place.whole => Ok(()),
@@ -349,6 +368,7 @@ fn write_whole(root: &Path, text: &[u8]) -> Result<(), Error> {
 const HEAD: &str = "longshore store ";
 const MAKING: &str = "making ";
 const LONGEST: u64 = 256;
+const PAUSE: Duration = Duration::from_millis(200);
 const OTHER: &str = "it holds the objects of another store than the database does; is `storage.objects` or \
     `storage.database` wrong?";
 const TAKEN: &str = "it belongs to a store, and this database knows nothing of it; is `storage.objects` or \

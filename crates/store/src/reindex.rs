@@ -185,7 +185,7 @@ async fn embedded(
     let data = data.to_owned();
     let scratch = data.join(SCRATCH);
     let (root, target) = (data.clone(), scratch.clone());
-    let here = objects.files().is_some();
+    let here = place.0.is_whole();
     let (directory, db) = blocking(move || {
         let directory = Directory::open_without_database(&root, here)?;
         remove_database(&target)?;

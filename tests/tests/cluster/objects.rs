@@ -376,7 +376,10 @@ fn a_wrong_etag_of_a_part_makes_no_wrong_blob() {
         let answer = server.request("POST", &target, &[], &bytes);
         assert!(faults.met() > met, "no part was broken");
         if answer.status() != 201 {
-            in_trouble(&answer);
+            // A store that refuses the parts has let the upload go.
+            if answer.status() != 404 {
+                in_trouble(&answer);
+            }
             let blob = format!("/v2/etag/app/blobs/{wanted}");
             assert_eq!(server.get(&blob).status(), 404);
         }

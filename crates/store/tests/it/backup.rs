@@ -341,6 +341,8 @@ async fn what_the_store_deletes_stays_as_long_as_a_point_names_it() {
     // Damaged, then healed by a push: the first object goes through the outbox.
     store.mark_suspect(&blob.digest).await.unwrap();
     push_blob(&store, &repository, &content(1, 50_000)).await;
+    assert_eq!(count(&root.join("data/o")), 2);
+    store.advance_clock(Options::default().gc.read_grace);
     store.maintain_once().await.unwrap();
     assert_eq!(count(&root.join("data/o")), 1);
     store.ship_backup().await;

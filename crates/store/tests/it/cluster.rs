@@ -22,18 +22,34 @@ struct Replicas {
 }
 
 async fn replicas(url: &str, count: usize) -> Replicas {
+    more_replicas(url, count, None).await
+}
+
+/// The same for a store that has some already.
+async fn more_replicas(url: &str, count: usize, of: Option<&Replicas>) -> Replicas {
     let mut replicas = Replicas {
         stores: Vec::new(),
         directories: Vec::new(),
     };
+    let of = of.map(|of| of.directories[0].path().join("data"));
     for _ in 0..count {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("data");
+        let first = replicas.directories.first();
+        if let Some(first) = of.clone().or(first.map(|first| first.path().join("data"))) {
+            same_place(&first, &path);
+        }
         let store = Store::open_on_postgres(&path, url, Options::default()).await;
         replicas.stores.push(store.unwrap());
         replicas.directories.push(directory);
     }
     replicas
+}
+
+/// Makes a directory for the objects of a replica pass for that of another: one directory for both would be locked.
+pub(crate) fn same_place(of: &std::path::Path, directory: &std::path::Path) {
+    std::fs::create_dir(directory).unwrap();
+    std::fs::copy(of.join("store"), directory.join("store")).unwrap();
 }
 
 /// A configuration that every manifest of these tests names.
@@ -517,7 +533,7 @@ async fn a_standby_answers_reads_and_takes_over() {
     let standby = primary.standby().await;
     let url = Server::url_of(&[&standby, &primary], "longshore");
     // The first host is the standby: whoever writes goes on to the second.
-    let both = replicas(&url, 1).await;
+    let both = more_replicas(&url, 1, Some(&made)).await;
     let store = &both.stores[0];
     let second = push(&config, 2, &["v2"]);
     store.put_manifest(second.clone()).await.unwrap();
@@ -539,7 +555,7 @@ async fn a_standby_answers_reads_and_takes_over() {
         "{refused:?}"
     );
     // A replica that starts now serves what is there.
-    let fresh = replicas(&url, 1).await;
+    let fresh = more_replicas(&url, 1, Some(&made)).await;
     let read = fresh.stores[0].manifest(&repository(), &by_tag("v1")).await;
     assert!(read.unwrap().is_some());
     store.ping().await.unwrap();

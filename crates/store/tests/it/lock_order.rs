@@ -6,6 +6,7 @@ use std::time::Duration;
 use oci::{Descriptor, Manifest};
 use store::{Error, Expected, ExpectedPins, GcOptions, Options, Pin, Store, Timestamp};
 
+use crate::cluster::same_place;
 use crate::engine::{
     actor, assert_sound, content, described, image, index, name, push_blob, put, tag,
 };
@@ -35,6 +36,9 @@ async fn no_deadlock_comes_of_moves_deletions_pins_and_collection() {
     let mut stores = Vec::new();
     for replica in ["one", "two"] {
         let path = directory.path().join(replica);
+        if replica == "two" {
+            same_place(&directory.path().join("one"), &path);
+        }
         let store = Store::open_on_postgres(&path, &url, options.clone()).await;
         stores.push(store.unwrap());
     }

@@ -126,8 +126,12 @@ impl StandIn {
         state.requests.iter().filter(|one| **one == request).count()
     }
 
+    /// How many objects of blobs there are.
     pub(crate) fn objects(&self) -> usize {
-        self.state.lock().unwrap().objects.len()
+        let state = self.state.lock().unwrap();
+        let keys = state.objects.keys();
+        keys.filter(|key| key.split('/').any(|part| part == "o"))
+            .count()
     }
 
     pub(crate) fn uploads(&self) -> usize {
@@ -407,8 +411,11 @@ fn act(
             )
         }
         Request::List => {
+            let prefix = query.get("prefix").copied().unwrap_or_default();
+            let prefix = prefix.replace("%2F", "/");
             let mut objects = String::new();
-            for (key, bytes) in &state.objects {
+            let found = state.objects.iter();
+            for (key, bytes) in found.filter(|(key, _)| key.starts_with(&prefix)) {
                 let size = bytes.len();
                 write!(objects, "<Contents><Key>{key}</Key><Size>{size}</Size><LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>").unwrap();
             }

@@ -142,7 +142,7 @@ async fn a_transfer_takes_no_wrong_answer_for_a_loss() {
         objects.heal();
     }
     // One that is wrong for a moment is asked again.
-    objects.fail(Request::Get, Fault::NoSuch("NoSuchKey"), 2);
+    objects.fail(Request::Get, Fault::NoSuch("NoSuchKey"), 1);
     let report = transfer::migrate(&from, &to, settings(false))
         .await
         .unwrap();
@@ -202,7 +202,7 @@ async fn a_reindex_makes_no_database_of_what_it_could_not_read() {
                 failing.fail(Request::Get, fault, FOR_GOOD);
             }
         };
-        let failed = reindex_at(location, &Options::default(), false, fails).await;
+        let failed = reindex_at(location, &Options::default(), true, fails).await;
         assert!(
             matches!(failed, Err(Error::Unavailable { .. })),
             "{failed:?}"
@@ -210,7 +210,7 @@ async fn a_reindex_makes_no_database_of_what_it_could_not_read() {
         assert!(objects.count(Request::Get) > read && objects.heal() > 0);
         let opened = Store::open_at(location, Options::default()).await;
         assert!(opened.is_err(), "there is a store: {opened:?}");
-        let report = reindex_at(location, &Options::default(), false, |_| {})
+        let report = reindex_at(location, &Options::default(), true, |_| {})
             .await
             .unwrap();
         assert_eq!(report.problems, Vec::<String>::new());

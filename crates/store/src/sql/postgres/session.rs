@@ -270,12 +270,18 @@ impl Session {
 
     /// Waits until no transaction of a user is under way, and keeps new ones back until this one ends.
     pub(in crate::sql) async fn exclude_users(&mut self) -> Result<(), Error> {
-        let text = match self.transaction.to_begin.take() {
-            Some(kind) => format!("{}; SELECT pg_advisory_xact_lock({USERS})", begin(kind)),
+        let begins = self.transaction.to_begin.take();
+        // Who holds the others off may have set a mark meanwhile, so it is looked for after the wait.
+        let text = match begins {
+            Some(_) => format!(
+                "{BEGIN}; SELECT pg_advisory_xact_lock({USERS}); {}",
+                mode::CHECK.postgres()
+            ),
             None => format!("SELECT pg_advisory_xact_lock({USERS})"),
         };
-        limited(STATEMENT_LIMIT, self.client.batch_execute(&text))
-            .await
+        let alone = limited(STATEMENT_LIMIT, self.client.simple_query(&text)).await;
+        alone
+            .and_then(|answers| begins.map_or(Ok(()), |kind| check(kind, &answers)))
             .map_err(|failure| {
                 self.transaction.fault = Some(failure.fault());
                 failure.error(None)
