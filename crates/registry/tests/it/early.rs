@@ -1,4 +1,4 @@
-//! What is answered before the store is open, and while its database is away.
+//! What is answered before the store is open.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -8,7 +8,7 @@ use tokio::io::{AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
-use crate::harness::{Registry, Reply, read_reply, request};
+use crate::harness::{Reply, read_reply, request};
 use crate::place::Place;
 
 async fn call(address: SocketAddr, line: &str, body: &[u8]) -> Reply {
@@ -53,24 +53,4 @@ async fn health_is_told_while_the_store_is_being_opened() {
     call(address, "GET /v2/", b"").await.expect(200);
     drop(stop);
     task.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn metrics_are_told_without_the_database() {
-    let dir = tempfile::tempdir().unwrap();
-    let place = Place::new(dir.path());
-    let store = place.open(Options::default()).await;
-    let registry = Registry::over(store.clone(), place, dir, Access::Open, |_| {}).await;
-    registry.image("shop/web", "v1", "x").await;
-    let metrics = registry.get("/metrics").await.expect(200).text();
-    assert!(metrics.contains("longshore_store_reachable 1"), "{metrics}");
-    store.close().await.unwrap();
-    let metrics = registry.get("/metrics").await.expect(200).text();
-    for line in [
-        "longshore_store_reachable 0",
-        "longshore_stored{kind=\"manifests\"} 1",
-        "longshore_http_requests_total{method=\"PUT\"",
-    ] {
-        assert!(metrics.contains(line), "{line}: {metrics}");
-    }
 }
