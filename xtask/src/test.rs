@@ -34,7 +34,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ),
     (
         "a_damaged_blob_is_found_told_and_healed_by_a_push",
-        "it changes a file; `objects::` of the suite `cluster` has wrong bytes found and healed",
+        "it changes a file; the store's own suite has wrong bytes of an object store found and healed",
     ),
     (
         "verify_store_looks_at_a_configuration_and_tells_what_is_not_there",

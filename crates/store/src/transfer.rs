@@ -7,7 +7,7 @@
 //!
 //! A data directory has a lock that keeps others out while the last pass lasts. PostgreSQL has none: a replica that
 //! somebody starts again, or that was cut off and comes back, would take writes that are in no snapshot. So a source
-//! there is marked **before** the snapshot ([`LEAVING`]), held off against the transactions of users; with the mark it
+//! there is marked **before** the snapshot (`leaving`), held off against the transactions of users; with the mark it
 //! opens as no store, and a replica that runs has every transaction refused, its collector's too, because each begins
 //! with a look at the mark. A run that fails takes the mark off; after one that was killed the next run goes on with
 //! it, or [`reopen`] gives the source back.

@@ -2,7 +2,7 @@
 //!
 //! One thread does everything, one round after the other; only SQLite's notices of changed rows and the status are
 //! shared. A round takes a moment of the store ([`moment`]), puts the log up to it into a segment ([`segment`]),
-//! and begins a new line ([`line`]) when the one that it has cannot go on or is outgrown.
+//! and begins a new line ([`mod@line`]) when the one that it has cannot go on or is outgrown.
 
 mod line;
 mod moment;
