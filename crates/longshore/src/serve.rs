@@ -61,7 +61,7 @@ impl Registry {
             }
             anyhow::Ok(store)
         };
-        let store = early.answer_while(&reason, open).await?;
+        let store = early.answer_while(&reason, Box::pin(open)).await?;
         let server = early.serve(store.clone()).await?;
         Ok(Self {
             server,
