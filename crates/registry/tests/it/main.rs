@@ -9,6 +9,7 @@ mod blob;
 mod catalog;
 #[cfg(test)]
 mod early;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod harness;
