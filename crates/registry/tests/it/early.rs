@@ -35,7 +35,7 @@ async fn health_is_told_while_the_store_is_being_opened() {
             call(address, "GET /healthz", b"").await.expect(200);
             let ready = call(address, "GET /readyz", b"").await.expect(503);
             assert_eq!(ready.text(), "starting: the database is not available\n");
-            let pushed = call(address, "PUT /v2/a/manifests/v1", &[b'x'; 200_000])
+            let pushed = call(address, "PUT /v2/a/manifests/v1", &vec![b'x'; 200_000])
                 .await
                 .refused(503, "UNKNOWN");
             assert_eq!(pushed.header("retry-after"), "5");
