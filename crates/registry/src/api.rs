@@ -108,7 +108,7 @@ mod tests {
         // A lease of a million years.
         assert_eq!(
             time(store::Timestamp(i64::MAX)),
-            "9999-12-30T22:00:00.999999Z"
+            "9999-12-30T22:00:00.999999999Z"
         );
     }
 }
