@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use oci::Digest;
-use oci::record::{Chain, LedgerError};
+use oci::record::{Chain, LedgerError, MAX_REPORTED};
 use serde::{Deserialize, Serialize};
 
 use crate::control::{HealthStatus, StepReport};
@@ -191,7 +191,9 @@ impl Ledger {
     /// # Errors
     /// When the disk is full or fails.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
-        let value = serde_json::to_value(record).map_err(io::Error::other)?;
+        let mut value = serde_json::to_value(record).map_err(io::Error::other)?;
+        // What programs say may hold what a terminal obeys; the ledger is read on one, and by registries that refuse it.
+        oci::text::escape_document(&mut value);
         let mut chain = self.chain;
         let line = chain.append(&value).map_err(io::Error::other)?;
         let written = self
@@ -230,9 +232,12 @@ pub struct Batch {
     pub begin: u64,
     /// Where the last one ends.
     pub end: Option<u64>,
+    /// The hash of the record before the first of these, where records were left out.
+    pub after: Option<String>,
 }
 
 /// Reads lines from a place where one begins, as many as are sent at once, and nothing beyond `length` bytes of the ledger.
+/// A record that no registry takes is left out: what comes after it is told, with a gap. Then `records` may be empty.
 ///
 /// # Errors
 /// When the file cannot be read, or holds something else there.
@@ -245,10 +250,20 @@ pub fn read_batch(path: &Path, from: u64, length: u64) -> io::Result<Batch> {
             return Ok(false);
         }
         let record: serde_json::Value = serde_json::from_slice(line).map_err(io::Error::other)?;
-        batch.hash = Some(hash_of(&record).ok_or_else(|| io::Error::other("a line has no hash"))?);
+        let is_taken = line.len() <= MAX_REPORTED && oci::text::is_printable(&record);
+        if !is_taken && !batch.records.is_empty() {
+            return Ok(false);
+        }
+        let hash = hash_of(&record).ok_or_else(|| io::Error::other("a line has no hash"))?;
         batch.begin = begin;
         batch.end = Some(begin + line.len() as u64);
-        batch.records.push(record);
+        batch.hash = Some(hash.clone());
+        if is_taken {
+            batch.records.push(record);
+        } else {
+            bytes = 0;
+            batch.after = Some(hash);
+        }
         Ok(batch.records.len() < BATCH_RECORDS)
     })?;
     Ok(batch)

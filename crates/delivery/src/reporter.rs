@@ -376,10 +376,15 @@ impl Reporter {
             let (Some(last), Some(end)) = (batch.hash, batch.end) else {
                 break;
             };
-            let previous = (!at.hash.is_empty()).then_some(at.hash.as_str());
-            self.reports
-                .add_attempts(host, holder, &self.target.name, previous, &batch.records)
-                .await?;
+            let previous = batch
+                .after
+                .as_deref()
+                .or((!at.hash.is_empty()).then_some(at.hash.as_str()));
+            if !batch.records.is_empty() {
+                self.reports
+                    .add_attempts(host, holder, &self.target.name, previous, &batch.records)
+                    .await?;
+            }
             at = Shipped {
                 version: Shipped::VERSION,
                 host: host.to_owned(),

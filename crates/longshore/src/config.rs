@@ -463,8 +463,9 @@ impl Storage {
             None => ObjectLocation::Directory(directory()?),
             Some(text) if text.starts_with("s3:") => ObjectLocation::S3(self.bucket(text)?),
             Some(text) if Path::new(text).is_absolute() => ObjectLocation::Directory(text.into()),
-            Some(text) => anyhow::bail!(
-                "`storage.objects`: `{text}` is neither an absolute path nor `s3://bucket/prefix`"
+            // What was written here is not shown: it may hold keys.
+            Some(_) => anyhow::bail!(
+                "`storage.objects` is neither an absolute path nor `s3://bucket/prefix`"
             ),
         };
         if !matches!(objects, ObjectLocation::S3(_)) && self.s3.is_used() {
@@ -512,7 +513,18 @@ impl Storage {
             })
         {
             anyhow::bail!(
-                "`storage.s3.endpoint`: `{endpoint}` is no URL, write for example `https://s3.example.com`"
+                "`storage.s3.endpoint` is no URL, write for example `https://s3.example.com`"
+            );
+        }
+        if self
+            .s3
+            .endpoint
+            .as_ref()
+            .is_some_and(|url| url.contains('@'))
+        {
+            anyhow::bail!(
+                "`storage.s3.endpoint` holds an `@`: credentials come from `AWS_ACCESS_KEY_ID` and \
+                 `AWS_SECRET_ACCESS_KEY`, files or the instance"
             );
         }
         Ok(S3Location {

@@ -114,8 +114,22 @@ pub(crate) fn raw(bytes: &[u8]) {
 
 /// Prints a document as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string_pretty(value)?);
+    line(escaped_json(&serde_json::to_string_pretty(value)?));
     Ok(())
+}
+
+/// JSON leaves some characters that a terminal obeys as they are; they stand in texts alone, where an escape is the same.
+fn escaped_json(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c != '\n' && oci::text::is_unprintable(c) {
+            let _ = write!(out, "\\u{:04x}", u32::from(c));
+        } else {
+            out.push(c);
+        }
+    }
+    out
 }
 
 /// Prints a line for people on standard error.
@@ -176,15 +190,25 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
-/// A table with columns as wide as needed.
+/// A table with columns as wide as needed. What a terminal would obey is escaped: cells come from elsewhere.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
+    for text in table_lines(head, rows) {
+        line(text);
+    }
+}
+
+fn table_lines(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+    let rows: Vec<Vec<_>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| oci::text::escaped(cell)).collect())
+        .collect();
     let mut widths: Vec<usize> = head.iter().map(|cell| cell.chars().count()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    let print = |cells: &mut dyn Iterator<Item = &str>| {
+    let join = |cells: &mut dyn Iterator<Item = &str>| {
         let mut text = String::new();
         for (cell, width) in cells.zip(&widths) {
             text.push_str(cell);
@@ -193,12 +217,13 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) {
                 width.saturating_sub(cell.chars().count()) + 2,
             ));
         }
-        line(text.trim_end());
+        text.trim_end().to_owned()
     };
-    print(&mut head.iter().copied());
-    for row in rows {
-        print(&mut row.iter().map(String::as_str));
+    let mut lines = vec![join(&mut head.iter().copied())];
+    for row in &rows {
+        lines.push(join(&mut row.iter().map(AsRef::as_ref)));
     }
+    lines
 }
 
 /// One line on a terminal that tells how far something is, nothing elsewhere.
@@ -296,6 +321,20 @@ mod tests {
         assert_eq!(bytes(1023), "1023 B");
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_escaped() {
+        let rows = [vec!["a".to_owned(), "\u{1b}[31mred\r\n\u{202e}".to_owned()]];
+        assert_eq!(
+            table_lines(&["WHAT", "WHY"], &rows),
+            ["WHAT  WHY", "a     \\u{1b}[31mred\\r\\n\\u{202e}"]
+        );
+        let document = serde_json::json!({ "why": "\u{1b}\u{9b}\u{202e}" });
+        let shown = escaped_json(&serde_json::to_string_pretty(&document).unwrap());
+        assert!(!shown.contains(|c| c != '\n' && oci::text::is_unprintable(c)));
+        let read: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        assert_eq!(read, document);
     }
 
     #[test]

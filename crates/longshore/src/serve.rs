@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use registry::Server;
+use registry::{Early, Reason, Server};
 use store::{DatabaseLocation, Location, ObjectLocation, Store};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -38,24 +38,31 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Opens the store and binds every address.
+    /// Binds every address and opens the store. Whoever asks meanwhile is told so.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
         // A wrong configuration must not leave a data directory behind.
         let settings = settings(config)?;
         open_more_files();
-        let store = open_store(config)
-            .await
-            .with_context(|| format!("cannot open {}", describe(&config.location)))?;
-        if let Some(backup) = &config.backup {
-            let started = store.start_backup(backup.clone()).await;
-            started.with_context(|| {
-                format!(
-                    "cannot back up into the directory `{}`",
-                    backup.directory.display()
-                )
-            })?;
-        }
-        let server = Server::bind(settings, store.clone()).await?;
+        let early = Early::bind(settings).await?;
+        let reason = Reason::default();
+        reason.set("the store is being opened");
+        let open = async {
+            let store = open_store(config, &reason)
+                .await
+                .with_context(|| format!("cannot open {}", describe(&config.location)))?;
+            if let Some(backup) = &config.backup {
+                let started = store.start_backup(backup.clone()).await;
+                started.with_context(|| {
+                    format!(
+                        "cannot back up into the directory `{}`",
+                        backup.directory.display()
+                    )
+                })?;
+            }
+            anyhow::Ok(store)
+        };
+        let store = early.answer_while(&reason, Box::pin(open)).await?;
+        let server = early.serve(store.clone()).await?;
         Ok(Self {
             server,
             store,
@@ -105,7 +112,7 @@ impl Registry {
 
 /// Opens the store. A database or object store that is only just starting, or failing over, is waited for: after a
 /// power cut everything starts at once.
-async fn open_store(config: &Config) -> Result<Store, store::Error> {
+async fn open_store(config: &Config, reason: &Reason) -> Result<Store, store::Error> {
     let deadline = tokio::time::Instant::now() + START_PATIENCE;
     let mut told = false;
     loop {
@@ -113,6 +120,13 @@ async fn open_store(config: &Config) -> Result<Store, store::Error> {
             Err(error @ (store::Error::Unavailable { .. } | store::Error::ReadOnly { .. }))
                 if tokio::time::Instant::now() < deadline =>
             {
+                reason.set(match &error {
+                    // Where it is stands in the log.
+                    store::Error::Unavailable { what, .. } => {
+                        format!("{what} is not available")
+                    }
+                    error => error.to_string(),
+                });
                 if !told {
                     output::note(format!("waiting for it to come back: {error}"));
                     told = true;

@@ -18,6 +18,7 @@ pub mod media_type;
 pub mod record;
 pub mod reference;
 pub mod tar;
+pub mod text;
 
 pub use descriptor::{Descriptor, Platform};
 pub use digest::{Algorithm, Digest, Hasher};

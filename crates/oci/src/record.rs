@@ -26,6 +26,9 @@ pub const VERSION: u64 = 1;
 /// The longest line of a ledger in bytes, newline included.
 pub const MAX_LINE: usize = 4 << 20;
 
+/// The longest record that a registry takes as a report, in bytes of its canonical form.
+pub const MAX_REPORTED: usize = 256 << 10;
+
 /// The canonical bytes of a value.
 ///
 /// # Errors

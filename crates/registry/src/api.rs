@@ -3,7 +3,7 @@
 
 use http::{Response, StatusCode};
 
-use crate::error::Refusal;
+use crate::error::{Refusal, UNSUPPORTED};
 use crate::events;
 use crate::serve::body::Body;
 use crate::serve::call::{Call, json_response};
@@ -60,11 +60,23 @@ fn allow(call: &Call, methods: &'static str) -> Result<(), Refusal> {
     Err(Refusal::method(methods))
 }
 
-/// A time in RFC 3339, UTC.
+/// A time in RFC 3339, UTC. What lies beyond the years that this form has is told as the last or first moment it has.
 pub(crate) fn time(at: store::Timestamp) -> String {
-    jiff::Timestamp::from_microsecond(at.0)
-        .unwrap_or_default()
+    let (first, last) = (jiff::Timestamp::MIN, jiff::Timestamp::MAX);
+    jiff::Timestamp::from_microsecond(at.0.clamp(first.as_microsecond(), last.as_microsecond()))
+        .unwrap_or(last)
         .to_string()
+}
+
+/// Refuses text that would do something to the screen of whoever reads it.
+fn printable(name: &str, text: &str) -> Result<(), Refusal> {
+    if text.chars().any(oci::text::is_unprintable) {
+        return Err(Refusal::bad_request(
+            UNSUPPORTED,
+            format!("`{name}` holds control characters or marks of direction, write plain text"),
+        ));
+    }
+    Ok(())
 }
 
 /// Entries of a page when the caller names no number, and the most.
@@ -73,9 +85,14 @@ const PAGE_MAX: usize = 1000;
 
 /// How many entries the caller wants on a page.
 fn page(query: &Query) -> Result<usize, Refusal> {
-    Ok(query.number("limit")?.map_or(PAGE, |n| {
-        usize::try_from(n).unwrap_or(PAGE_MAX).clamp(1, PAGE_MAX)
-    }))
+    match query.number("limit")? {
+        None => Ok(PAGE),
+        Some(0) => Err(Refusal::bad_request(
+            "PAGINATION_NUMBER_INVALID",
+            format!("`limit` must be 1 to {PAGE_MAX}"),
+        )),
+        Some(n) => Ok(usize::try_from(n).unwrap_or(PAGE_MAX).min(PAGE_MAX)),
+    }
 }
 
 #[cfg(test)]
@@ -88,6 +105,10 @@ mod tests {
             time(store::Timestamp(1_700_000_000_123_456)),
             "2023-11-14T22:13:20.123456Z"
         );
-        assert_eq!(time(store::Timestamp(i64::MAX)), "1970-01-01T00:00:00Z");
+        // A lease of a million years.
+        assert_eq!(
+            time(store::Timestamp(i64::MAX)),
+            "9999-12-30T22:00:00.999999999Z"
+        );
     }
 }

@@ -240,7 +240,7 @@ impl From<store::Error> for Refusal {
                 refusal.0.internal = Some(message);
                 refusal
             }
-            E::QuotaExceeded { .. } => plain(StatusCode::FORBIDDEN, DENIED),
+            E::QuotaExceeded { .. } | E::ReportLimit { .. } => plain(StatusCode::FORBIDDEN, DENIED),
             E::PinsChanged { version, .. } => {
                 let refusal = plain(StatusCode::PRECONDITION_FAILED, "PRECONDITION_FAILED");
                 match version.map(|v| HeaderValue::from_str(&format!("\"{v}\""))) {

@@ -36,4 +36,5 @@ pub use error::Error;
 pub use oci::glob::{Glob, GlobError};
 pub use redirect::{Network, NetworkError, Redirect};
 pub use serve::Server;
+pub use serve::early::{Early, Reason};
 pub use settings::{Access, AccessError, Action, Limits, Rule, Settings, TlsFiles};

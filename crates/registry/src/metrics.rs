@@ -2,6 +2,9 @@
 //! repositories where that is asked for, are named, their number is bounded, and where there are users only an operator
 //! sees them: a name is something that not everybody may know.
 //!
+//! While the database does not answer, the meters of this process are served all the same: that is when somebody looks at
+//! them. What comes from the database then stays as it was last seen, and `longshore_store_reachable` is 0.
+//!
 //! What the store holds is as old as `longshore_stored_age_seconds` says: counting it costs at most a hundredth of the time.
 
 mod collection;
@@ -47,6 +50,7 @@ struct Meters {
     stored: Family<KindLabel, Gauge>,
     stored_bytes: Gauge,
     pending_deletions: Gauge,
+    reachable: Gauge,
     read_only: Family<CauseLabel, Gauge>,
     collection: Collection,
     scrubbed: Gauge,
@@ -251,6 +255,12 @@ impl Metrics {
             "Blobs that are damaged and wait for a push to heal them",
             suspect.clone(),
         );
+        let reachable = Gauge::default();
+        registry.register(
+            "store_reachable",
+            "1 when the database answered this scrape; 0: what comes from it is as it was last seen",
+            reachable.clone(),
+        );
         let read_only = Family::default();
         registry.register(
             "read_only",
@@ -355,6 +365,7 @@ impl Metrics {
             stored,
             stored_bytes,
             pending_deletions,
+            reachable,
             read_only,
             collection,
             scrubbed,
@@ -432,25 +443,7 @@ impl Metrics {
         Counted::of(self.0.streams.clone())
     }
 
-    /// Answers `GET /metrics`.
-    pub(crate) async fn serve(&self, call: &Call) -> Result<Response<Body>, Refusal> {
-        let store = &call.context.store;
-        let totals = store.recent_statistics().await?;
-        let (mut namespaces, mut repositories) = (Vec::new(), Vec::new());
-        if call.context.auth.decide_operator(&call.caller) == Decision::Allowed {
-            let largest = UsageOrder::Size(None);
-            store.refresh_sharing().await;
-            namespaces = store.usage_of_namespaces(&largest, NAMESPACES).await?;
-            let wanted = call.context.settings.metric_repositories.min(REPOSITORIES);
-            if wanted > 0 {
-                repositories = store.usage_of_repositories(None, &largest, wanted).await?;
-            }
-        }
-        let default_quota = store.default_quota();
-        let mode = store.mode().await?;
-        let suspect = store.suspect_count().await?;
-        self.0.collection.set(store).await?;
-        let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+    fn set_totals(&self, totals: &store::Statistics) {
         for (kind, count) in [
             ("repositories", totals.repositories),
             ("blobs", totals.blobs),
@@ -467,6 +460,43 @@ impl Metrics {
         self.0
             .pending_deletions
             .set(totals.pending_deletions as i64);
+        self.0.logical_bytes.set(totals.logical_bytes as i64);
+        self.0.manifest_bytes.set(totals.manifest_bytes as i64);
+        self.0.waiting_bytes.set(totals.waiting_bytes as i64);
+        self.0
+            .deduplication
+            .set(deduplication(totals).unwrap_or(1.0));
+        self.0.stored_age.set(totals.age.as_secs_f64());
+    }
+
+    /// Answers `GET /metrics`.
+    pub(crate) async fn serve(&self, call: &Call) -> Result<Response<Body>, Refusal> {
+        let store = &call.context.store;
+        let (seen, reachable) = match tokio::time::timeout(PATIENCE, look(call)).await {
+            Ok(Ok(seen)) => (seen, true),
+            Ok(Err(error)) => {
+                tracing::warn!(
+                    error = crate::error::chain(&error),
+                    "metrics without the database"
+                );
+                (Seen::default(), false)
+            }
+            Err(_) => {
+                tracing::warn!("metrics without the database, it does not answer");
+                (Seen::default(), false)
+            }
+        };
+        let (namespaces, repositories) = (seen.namespaces, seen.repositories);
+        let default_quota = store.default_quota();
+        let mode = store.last_mode();
+        let totals = seen.totals.or_else(|| store.last_statistics());
+        let _scrape = self.0.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.reachable.set(i64::from(reachable));
+        self.0.collection.set_lag(seen.lags);
+        self.0.collection.count(store);
+        if let Some(totals) = &totals {
+            self.set_totals(totals);
+        }
         if let Some(status) = store.backup_status() {
             let backup = &self.0.backup;
             let success = status.last_success.map_or(0, |at| at.0 / 1_000_000);
@@ -478,7 +508,9 @@ impl Metrics {
         let scrub = store.scrub_counters();
         self.0.scrubbed.set(scrub.bytes as i64);
         self.0.scrub_found.set(scrub.damaged as i64);
-        self.0.suspect.set(suspect as i64);
+        if let Some(suspect) = seen.suspect {
+            self.0.suspect.set(suspect as i64);
+        }
         for (cause, holds) in [
             ("command", mode.commanded.is_some()),
             ("disk", mode.full.is_some() || mode.disk_read_only),
@@ -489,13 +521,6 @@ impl Metrics {
                 .get_or_create(&CauseLabel { cause })
                 .set(i64::from(holds));
         }
-        self.0.logical_bytes.set(totals.logical_bytes as i64);
-        self.0.manifest_bytes.set(totals.manifest_bytes as i64);
-        self.0.waiting_bytes.set(totals.waiting_bytes as i64);
-        self.0
-            .deduplication
-            .set(deduplication(&totals).unwrap_or(1.0));
-        self.0.stored_age.set(totals.age.as_secs_f64());
         let dropped = store.dropped_pulls();
         self.0
             .pulls_dropped
@@ -544,6 +569,38 @@ impl Metrics {
     }
 }
 
+/// What the database says.
+#[derive(Default)]
+struct Seen {
+    totals: Option<store::Statistics>,
+    namespaces: Vec<store::NamespaceUsage>,
+    repositories: Vec<store::RepositoryUsage>,
+    suspect: Option<u64>,
+    lags: Vec<store::QueueLag>,
+}
+
+async fn look(call: &Call) -> Result<Seen, store::Error> {
+    let store = &call.context.store;
+    let mut seen = Seen {
+        totals: Some(store.recent_statistics().await?),
+        ..Seen::default()
+    };
+    if call.context.auth.decide_operator(&call.caller) == Decision::Allowed {
+        let largest = UsageOrder::Size(None);
+        store.refresh_sharing().await;
+        seen.namespaces = store.usage_of_namespaces(&largest, NAMESPACES).await?;
+        let wanted = call.context.settings.metric_repositories.min(REPOSITORIES);
+        if wanted > 0 {
+            seen.repositories = store.usage_of_repositories(None, &largest, wanted).await?;
+        }
+    }
+    // Also what the process knows of the mode comes anew.
+    store.mode().await?;
+    seen.suspect = Some(store.suspect_count().await?);
+    seen.lags = store.collection_lag().await?;
+    Ok(seen)
+}
+
 /// Holds a gauge up while it lives.
 pub(crate) struct Counted(Gauge);
 
@@ -560,6 +617,8 @@ impl Drop for Counted {
     }
 }
 
+/// How long a scrape waits for the database; who scrapes waits for 10 seconds as a rule.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Namespaces and repositories that are named at most.
 const NAMESPACES: usize = 100;
 const REPOSITORIES: usize = 1000;

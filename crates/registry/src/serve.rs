@@ -20,12 +20,14 @@ use tokio_util::task::TaskTracker;
 use crate::auth::Auth;
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::serve::early::Early;
 use crate::serve::stall::Stall;
 use crate::serve::tls::Tls;
-use crate::settings::{Access, Settings};
+use crate::settings::Settings;
 
 pub(crate) mod body;
 pub(crate) mod call;
+pub(crate) mod early;
 pub(crate) mod host;
 pub(crate) mod log;
 pub(crate) mod request;
@@ -35,7 +37,7 @@ pub(crate) mod tls;
 
 /// A server whose listeners are bound.
 pub struct Server {
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Arc<TcpListener>>,
     addresses: Vec<SocketAddr>,
     tls: Option<Arc<Tls>>,
     shared: Arc<Shared>,
@@ -60,39 +62,18 @@ impl Server {
     /// [`Error`], which names what to change. Open access on an address that is not loopback is
     /// refused.
     pub async fn bind(settings: Settings, store: store::Store) -> Result<Self, Error> {
-        if settings.listen.is_empty() {
-            return Err(Error::NoAddress);
-        }
-        if let Some(url) = &settings.public_url {
-            let fits = url.parse::<http::Uri>().is_ok_and(|uri| {
-                matches!(uri.scheme_str(), Some("http" | "https"))
-                    && uri.authority().is_some()
-                    && uri.query().is_none()
-                    && !url.contains('"')
-            });
-            if !fits {
-                return Err(Error::PublicUrl(url.clone()));
-            }
-        }
-        if let Access::Open = settings.access
-            && let Some(address) = settings.listen.iter().find(|a| !a.ip().is_loopback())
-        {
-            return Err(Error::OpenNotLoopback(*address));
-        }
-        let tls = settings
-            .tls
-            .clone()
-            .map(Tls::load)
-            .transpose()?
-            .map(Arc::new);
+        Early::bind(settings).await?.serve(store).await
+    }
+
+    /// Over listeners that are bound.
+    pub(crate) async fn over(
+        settings: Settings,
+        store: store::Store,
+        tls: Option<Arc<Tls>>,
+        listeners: Vec<Arc<TcpListener>>,
+        addresses: Vec<SocketAddr>,
+    ) -> Result<Self, Error> {
         let auth = Auth::new(&settings, &store).await?;
-        let (mut listeners, mut addresses) = (Vec::new(), Vec::new());
-        for &address in &settings.listen {
-            let failed = |source| Error::Bind { address, source };
-            let listener = TcpListener::bind(address).await.map_err(failed)?;
-            addresses.push(listener.local_addr().map_err(failed)?);
-            listeners.push(listener);
-        }
         Ok(Self {
             listeners,
             addresses,
@@ -192,7 +173,7 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    async fn run(self, listener: TcpListener) {
+    async fn run(self, listener: Arc<TcpListener>) {
         let stopping = self.shared.stopping.clone();
         // The permit comes before the connection: beyond the limit clients wait in the kernel's
         // queue, not in our memory.

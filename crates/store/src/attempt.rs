@@ -11,19 +11,33 @@ use oci::{Digest, RepositoryName};
 
 use crate::clock::Timestamp;
 use crate::error::Error;
+use crate::pin::user_of;
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 
 statements! {
-    HEAD = "SELECT sequence, hash FROM attempt WHERE holder = $1 AND target = $2 ORDER BY sequence DESC LIMIT 1";
+    HEAD = "SELECT sequence, hash, reach FROM attempt WHERE holder = $1 AND target = $2 ORDER BY sequence DESC LIMIT 1";
     SEEN = "SELECT sequence FROM attempt WHERE holder = $1 AND target = $2 AND hash = $3";
     ABOUT = "SELECT repository, digest FROM attempt \
-             WHERE holder = $1 AND target = $2 AND attempt = $3 AND kind = 'attempt' \
+             WHERE holder = $1 AND target = $2 AND sequence > $4 AND attempt = $3 AND kind = 'attempt' \
              ORDER BY sequence DESC LIMIT 1";
     ADD = "INSERT INTO attempt (id, holder, target, sequence, hash, link, kind, attempt, repository, digest, outcome, \
-               body, received_by, received_at) \
-           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)";
+               body, reach, received_by, received_at) \
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
     CUT = "DELETE FROM attempt WHERE holder = $1 AND target = $2 AND sequence <= $3";
+    CUT_BYTES = "DELETE FROM attempt WHERE holder = $1 AND target = $2 AND sequence < (SELECT o.sequence FROM attempt o \
+                     WHERE o.holder = $1 AND o.target = $2 AND o.reach > $3 ORDER BY o.sequence LIMIT 1)";
+    USED = "WITH RECURSIVE known (holder, target, before) AS ( \
+                SELECT a.holder, a.target, a.reach - octet_length(a.body) FROM attempt a WHERE a.id = ( \
+                    SELECT b.id FROM attempt b WHERE b.holder >= $1 AND b.holder < $2 \
+                    ORDER BY b.holder, b.target, b.sequence LIMIT 1) \
+                UNION ALL \
+                SELECT a.holder, a.target, a.reach - octet_length(a.body) FROM known k JOIN attempt a ON a.id = ( \
+                    SELECT b.id FROM attempt b WHERE (b.holder, b.target) > (k.holder, k.target) AND b.holder < $2 \
+                    ORDER BY b.holder, b.target, b.sequence LIMIT 1)) \
+            SELECT COUNT(*), CAST(COALESCE(SUM((SELECT l.reach FROM attempt l \
+                WHERE l.holder = k.holder AND l.target = k.target ORDER BY l.sequence DESC LIMIT 1) - k.before), 0) AS BIGINT) \
+            FROM known k";
     LIST = "SELECT id, holder, target, sequence, hash, link, repository, body, received_by, received_at FROM attempt \
             WHERE id < $1 AND ($2 = '' OR kind = $2) ORDER BY id DESC LIMIT $3";
     LIST_OF_HOLDER = "SELECT id, holder, target, sequence, hash, link, repository, body, received_by, received_at \
@@ -124,8 +138,12 @@ pub struct AttemptFilter {
 impl Store {
     /// Keeps records of a holder's ledger, in order, and tells the last one that is known. Without records it only tells.
     ///
+    /// They are written a few at a time, so that others write in between; after an error some of them may be kept, and
+    /// sending all of them again does no harm.
+    ///
     /// # Errors
-    /// As for every call that writes.
+    /// As for every call that writes; [`Error::ReportLimit`] when it is more than one user may have
+    /// ([`crate::ReportLimits`]).
     pub async fn add_attempts(
         &self,
         holder: &str,
@@ -146,15 +164,83 @@ impl Store {
                 head: rows.first().map(head_of).transpose()?,
             });
         }
-        self.0
-            .db
-            .write(Add {
-                holder: holder.to_owned(),
-                target: target.to_owned(),
-                records,
-                principal: principal.to_owned(),
+        self.check_room(holder, target, &records).await?;
+        let mut outcome = AttemptsOutcome {
+            added: 0,
+            repeated: 0,
+            seams: 0,
+            head: None,
+        };
+        for records in slices(records) {
+            let part = self
+                .0
+                .db
+                .write(Add {
+                    holder: holder.to_owned(),
+                    target: target.to_owned(),
+                    records,
+                    principal: principal.to_owned(),
+                    most_bytes: self.0.options.reports.target_bytes,
+                })
+                .await?;
+            outcome.added += part.added;
+            outcome.repeated += part.repeated;
+            outcome.seams += part.seams;
+            outcome.head = part.head;
+        }
+        Ok(outcome)
+    }
+
+    /// Refuses records beyond what their user may have. It is asked before they are written and not with it: batches that
+    /// come at once may together go over by as much as they are.
+    async fn check_room(
+        &self,
+        holder: &str,
+        target: &str,
+        records: &[AttemptRecord],
+    ) -> Result<(), Error> {
+        let db = &self.0.db;
+        let limits = self.0.options.reports;
+        let user = user_of(holder);
+        // No name has a control character, so the first range is the user alone.
+        let ranges = [
+            (user.to_owned(), format!("{user}\u{1}")),
+            (format!("{user}/"), format!("{user}0")),
+        ];
+        let (mut targets, mut bytes) = (0, 0);
+        for (from, to) in ranges {
+            let rows = db.scan(&USED, vec![from.into(), to.into()]).await?;
+            for row in &rows {
+                targets += row.u64(0)?;
+                bytes += row.u64(1)?;
+            }
+        }
+        let refuse = |what: String, advice| {
+            Err(Error::ReportLimit {
+                user: user.to_owned(),
+                what,
+                advice,
             })
-            .await
+        };
+        if targets >= limits.targets
+            && db
+                .read(&HEAD, &[holder.into(), target.into()])
+                .await?
+                .is_empty()
+        {
+            return refuse(
+                format!("records of {targets} targets"),
+                "report as several users, one for each host",
+            );
+        }
+        let more: u64 = records.iter().map(|record| record.body.len() as u64).sum();
+        if bytes + more > limits.bytes {
+            return refuse(
+                format!("{bytes} bytes of records of at most {}", limits.bytes),
+                "report as several users, one for each host, or wait until old records go",
+            );
+        }
+        Ok(())
     }
 
     /// Records before `cursor`, the newest first.
@@ -220,11 +306,29 @@ fn hash_of(row: &Row, column: usize) -> Result<[u8; 32], Error> {
         .map_err(|_| Error::Database(format!("column {column} holds no hash")))
 }
 
+/// Cuts a batch into pieces that are written one after the other.
+fn slices(records: Vec<AttemptRecord>) -> Vec<Vec<AttemptRecord>> {
+    let mut slices: Vec<Vec<AttemptRecord>> = Vec::new();
+    let mut bytes = 0;
+    for record in records {
+        bytes += record.body.len();
+        match slices.last_mut() {
+            Some(slice) if slice.len() < SLICE && bytes <= SLICE_BYTES => slice.push(record),
+            _ => {
+                bytes = record.body.len();
+                slices.push(vec![record]);
+            }
+        }
+    }
+    slices
+}
+
 struct Add {
     holder: String,
     target: String,
     records: Vec<AttemptRecord>,
     principal: String,
+    most_bytes: u64,
 }
 
 impl Body for Add {
@@ -232,11 +336,9 @@ impl Body for Add {
 
     async fn run(&self, tx: &mut Tx) -> Result<AttemptsOutcome, Error> {
         let key = [(&self.holder).into(), (&self.target).into()];
-        let mut head = tx
-            .query_opt(&HEAD, &key)
-            .await?
-            .map(|row| head_of(&row))
-            .transpose()?;
+        let row = tx.query_opt(&HEAD, &key).await?;
+        let mut head = row.as_ref().map(head_of).transpose()?;
+        let mut reach = row.map_or(Ok(0), |row| row.u64(2))?;
         let mut outcome = AttemptsOutcome {
             added: 0,
             repeated: 0,
@@ -252,8 +354,9 @@ impl Body for Add {
             let link = self.link(tx, head, record).await?;
             outcome.seams += u64::from(matches!(link, "gap" | "fork"));
             let sequence = head.map_or(0, |head| head.sequence) + 1;
-            let (repository, digest) = self.about(tx, record).await?;
+            let (repository, digest) = self.about(tx, record, sequence).await?;
             let id = tx.id();
+            reach += record.body.len() as u64;
             tx.execute(
                 &ADD,
                 &[
@@ -269,6 +372,7 @@ impl Body for Add {
                     digest.as_ref().into(),
                     record.outcome.as_ref().into(),
                     (&record.body).into(),
+                    reach.into(),
                     (&self.principal).into(),
                     now.into(),
                 ],
@@ -285,7 +389,13 @@ impl Body for Add {
         {
             let surplus = head.sequence.saturating_sub(MOST);
             let [holder, target] = key;
-            tx.execute(&CUT, &[holder, target, surplus.into()]).await?;
+            tx.execute(&CUT, &[holder.clone(), target.clone(), surplus.into()])
+                .await?;
+            if reach > self.most_bytes {
+                let surplus = reach - self.most_bytes;
+                tx.execute(&CUT_BYTES, &[holder, target, surplus.into()])
+                    .await?;
+            }
         }
         outcome.head = head;
         Ok(outcome)
@@ -321,13 +431,21 @@ impl Add {
         &self,
         tx: &mut Tx,
         record: &AttemptRecord,
+        sequence: u64,
     ) -> Result<(Option<String>, Option<Digest>), Error> {
         let mut repository = record.repository.as_ref().map(ToString::to_string);
         let mut digest = record.digest.clone();
         if record.kind != "attempt"
             && let Some(attempt) = record.attempt
         {
-            let values = [(&self.holder).into(), (&self.target).into(), attempt.into()];
+            // Its beginning is not far back; where it is nowhere, not the whole ledger is searched for it.
+            let from = sequence.saturating_sub(LONGEST_ATTEMPT);
+            let values = [
+                (&self.holder).into(),
+                (&self.target).into(),
+                attempt.into(),
+                from.into(),
+            ];
             if let Some(row) = tx.query_opt(&ABOUT, &values).await? {
                 repository = repository.or(row.opt_text(0)?);
                 digest = digest.or(row.opt_digest(1)?);
@@ -372,4 +490,9 @@ impl Body for Prune {
 
 /// Records of one target that are kept at most; the oldest go first.
 const MOST: u64 = 100_000;
+/// Records after its beginning in which an attempt is recognised.
+const LONGEST_ATTEMPT: u64 = 2000;
+/// Records that are written at once, and their bytes.
+const SLICE: usize = 20;
+const SLICE_BYTES: usize = 256 << 10;
 const PRUNE_EVERY: Duration = Duration::from_mins(10);

@@ -149,6 +149,16 @@ pub enum Error {
         /// Bytes used.
         used: u64,
     },
+    /// The reports of a user may not grow further.
+    #[error("`{user}` has {what}, which is as much as one user may have; {advice}")]
+    ReportLimit {
+        /// The user that the holder's name begins with.
+        user: String,
+        /// How much of what.
+        what: String,
+        /// What to do.
+        advice: &'static str,
+    },
     /// A compare-and-set of pins found another set (412).
     #[error("the pins of `{holder}` are not in the expected state, read them again")]
     PinsChanged {

@@ -70,8 +70,8 @@ pub use location::{
 pub use mode::{Commanded, Mode};
 pub use model::{
     Actor, AuditEntry, Blob, BlobContent, BlobInfo, Event, EventBounds, EventKind, Expected,
-    Options, PutManifest, PutOutcome, Referrer, Statistics, StoredManifest, TagMove, TagState,
-    TagWrite, TokenKey, UploadId, VerifyReport,
+    Options, PutManifest, PutOutcome, Referrer, ReportLimits, Statistics, StoredManifest, TagMove,
+    TagState, TagWrite, TokenKey, UploadId, VerifyReport,
 };
 pub use pin::{ExpectedPins, HeldPin, Pin, PinHolder, PinOutcome, PinSet};
 pub use pull::Pulls;

@@ -118,6 +118,14 @@ impl S3Location {
         let rest = text
             .strip_prefix("s3://")
             .ok_or("it does not begin with `s3://`")?;
+        // Neither belongs into a name. It may be a pair of keys, so nothing of it is shown.
+        if rest.contains(['@', ':']) {
+            return Err(
+                "it holds `@` or `:`: write `s3://bucket/prefix`, credentials come from `AWS_ACCESS_KEY_ID` and \
+                 `AWS_SECRET_ACCESS_KEY`, files or the instance, a host from `storage.s3.endpoint`"
+                    .to_owned(),
+            );
+        }
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let prefix = prefix.trim_matches('/');
         let plain = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
@@ -164,6 +172,22 @@ mod tests {
             "s3://bucket/../x",
         ] {
             assert!(S3Location::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn keys_in_the_name_of_a_bucket_are_refused_and_not_shown() {
+        for bad in [
+            "s3://AKIA:hidden@bucket/x",
+            "s3://AKIA:hid/hidden@bucket/x",
+            "s3://AKIA:hidden",
+        ] {
+            let problem = S3Location::parse(bad).unwrap_err();
+            assert!(problem.contains("AWS_SECRET_ACCESS_KEY"), "{problem}");
+            assert!(
+                !problem.contains("hid") && !problem.contains("AKIA"),
+                "{problem}"
+            );
         }
     }
 

@@ -112,11 +112,12 @@ impl Commanded {
     }
 }
 
-/// Refuses a transaction of this kind where the store has this mark. A command leaves the store's own work alone; where
-/// the store is being carried away, that would be lost too, or take away what the new place has.
+/// Refuses a transaction of this kind where the store has this mark. A command leaves the store's own work alone, and lets
+/// what is needed be kept from it; where the store is being carried away, that would be lost too, or take away what the new place has.
 pub(crate) fn check_mark(kind: WriteKind, key: &str, value: &str) -> Result<(), Error> {
     match kind {
-        WriteKind::User | WriteKind::Delete => Err(Error::ReadOnly {
+        WriteKind::Protect if key == MODE => Ok(()),
+        WriteKind::User | WriteKind::Delete | WriteKind::Protect => Err(Error::ReadOnly {
             reason: Commanded::of_mark(key, value).reason(),
         }),
         WriteKind::Maintenance if key != MODE => {
@@ -179,7 +180,7 @@ impl Gate {
         if self.is_locked() {
             return Err(disk_read_only());
         }
-        if kind != WriteKind::User || self.state().full.is_none() {
+        if !matches!(kind, WriteKind::User | WriteKind::Protect) || self.state().full.is_none() {
             return Ok(());
         }
         self.measure();
@@ -419,14 +420,19 @@ impl Store {
             Some(row) => Some(Commanded::of_mark(&row.text(0)?, &row.text(1)?)),
             None => None,
         };
-        inner.gate.note_commanded(commanded.clone());
-        let state = inner.gate.state();
-        Ok(Mode {
-            commanded,
+        inner.gate.note_commanded(commanded);
+        Ok(self.last_mode())
+    }
+
+    /// What this process knows of the mode without asking the database: the command as it was last seen.
+    pub fn last_mode(&self) -> Mode {
+        let state = self.0.gate.state();
+        Mode {
+            commanded: state.commanded.clone(),
             full: state.full.clone(),
             disk_read_only: state.locked.is_some(),
             recovery: state.recovery,
-        })
+        }
     }
 
     /// Makes the store read-only by command on every replica. When this returns, no write of a user is under way.
@@ -551,6 +557,7 @@ mod tests {
         assert!(
             matches!(&refused, Err(Error::ReadOnly { reason }) if reason.contains("free some space"))
         );
+        assert!(gate.check(WriteKind::Protect).is_err());
         assert!(gate.check(WriteKind::Delete).is_ok());
         assert!(gate.check(WriteKind::Maintenance).is_ok());
         assert!(!dir.path().join(RESERVE).exists());
@@ -566,6 +573,8 @@ mod tests {
             );
         }
         assert!(check_mark(WriteKind::Maintenance, MODE, row).is_ok());
+        // The collector goes on, so what must stay can be said.
+        assert!(check_mark(WriteKind::Protect, MODE, row).is_ok());
         // What cannot be read still holds.
         assert!(check_mark(WriteKind::User, MODE, "?").is_err());
     }
@@ -573,7 +582,7 @@ mod tests {
     #[test]
     fn a_store_that_is_carried_away_takes_nothing_from_anybody() {
         for key in [crate::transfer::LEAVING, crate::transfer::MOVED] {
-            for kind in [WriteKind::User, WriteKind::Delete] {
+            for kind in [WriteKind::User, WriteKind::Delete, WriteKind::Protect] {
                 let refused = check_mark(kind, key, "x");
                 assert!(
                     matches!(&refused, Err(Error::ReadOnly { reason }) if reason.contains("another place"))

@@ -48,7 +48,38 @@ pub struct Options {
     pub pull_retention: Duration,
     /// How long what agents reported is kept (400 days); `None` keeps it for ever.
     pub attempt_retention: Option<Duration>,
+    /// What the reports of one user may come to.
+    pub reports: ReportLimits,
 }
+
+/// What the pins and attempts of one user may come to: whoever may only pull must not be able to fill the store. A user's
+/// are those whose holder begins with its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReportLimits {
+    /// Holders of pins (1000).
+    pub holders: u64,
+    /// Pins of all of them (100 000).
+    pub pins: u64,
+    /// Targets that have records (1000).
+    pub targets: u64,
+    /// Bytes of records of all of them (1 GiB).
+    pub bytes: u64,
+    /// Bytes of records that are kept of one target, and at most one record more; the oldest go first (64 MiB).
+    pub target_bytes: u64,
+}
+
+impl Default for ReportLimits {
+    fn default() -> Self {
+        Self {
+            holders: 1000,
+            pins: 100_000,
+            targets: 1000,
+            bytes: 1 << 30,
+            target_bytes: 64 << 20,
+        }
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -69,6 +100,7 @@ impl Default for Options {
             quota: None,
             pull_retention: Duration::from_hours(90 * 24),
             attempt_retention: Some(Duration::from_hours(400 * 24)),
+            reports: ReportLimits::default(),
         }
     }
 }

@@ -14,7 +14,7 @@ use oci::{Digest, RepositoryName};
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
-use crate::model::Actor;
+use crate::model::{Actor, ReportLimits};
 use crate::sql::{Body, Row, Tx, WriteKind, statements};
 use crate::store::{Inner, Store};
 use crate::{audit, lease, manifest, repository};
@@ -44,6 +44,8 @@ statements! {
                JOIN manifest m ON m.repository_id = r.id JOIN pin p ON p.manifest_id = m.id \
                JOIN pin_holder h ON h.holder = p.holder \
                WHERE r.name = $1 AND m.digest = $2 AND p.holder > $3 ORDER BY p.holder LIMIT $4";
+    HOLDERS_OF = "SELECT COUNT(*) FROM pin_holder WHERE holder >= $1 AND holder < $3 AND (holder = $1 OR holder >= $2)";
+    PINS_OF_USER = "SELECT COUNT(*) FROM pin WHERE holder >= $1 AND holder < $3 AND (holder = $1 OR holder >= $2)";
     HOLDER = "SELECT h.holder, h.version, h.updated_at, h.updated_by, \
                   (SELECT COUNT(*) FROM pin p WHERE p.holder = h.holder) AS pins \
               FROM pin_holder h WHERE h.holder = $1";
@@ -155,10 +157,12 @@ pub struct PinOutcome {
 }
 
 impl Store {
-    /// Replaces the whole set of a holder in one transaction. The same set again changes nothing.
+    /// Replaces the whole set of a holder in one transaction. The same set again changes nothing. It goes on in the
+    /// read-only mode by command: the collector does too.
     ///
     /// # Errors
-    /// [`Error::PinsChanged`] when the set is not the expected one.
+    /// [`Error::PinsChanged`] when the set is not the expected one, [`Error::ReportLimit`] when the holder is new or its set
+    /// grows beyond what one user may have ([`crate::ReportLimits`]).
     pub async fn set_pins(
         &self,
         holder: &str,
@@ -178,6 +182,7 @@ impl Store {
                 expected,
                 actor: actor.clone(),
                 lease: inner.options.lease,
+                limits: inner.options.reports,
             })
             .await
     }
@@ -314,6 +319,7 @@ struct Replace {
     expected: ExpectedPins,
     actor: Actor,
     lease: std::time::Duration,
+    limits: ReportLimits,
 }
 
 /// A pin as its row says.
@@ -325,7 +331,7 @@ struct Kept {
 impl Body for Replace {
     type Output = PinOutcome;
 
-    const KIND: WriteKind = WriteKind::Delete;
+    const KIND: WriteKind = WriteKind::Protect;
 
     async fn run(&self, tx: &mut Tx) -> Result<PinOutcome, Error> {
         let now = tx.now();
@@ -337,6 +343,9 @@ impl Body for Replace {
             .ok_or_else(|| Error::Database("a holder of pins vanished".to_owned()))?
             .i64(0)?;
         self.expected.check(holder, version)?;
+        if version == 0 {
+            self.check_holders(tx).await?;
+        }
         let mut old = held(tx, holder).await?;
         let mut outcome = PinOutcome {
             version,
@@ -427,6 +436,9 @@ impl Body for Replace {
             }
             outcome.held.push((pin.repository.clone(), digest));
         }
+        if added > removed {
+            self.check_pins(tx).await?;
+        }
         failpoint("pin.after_rows");
         outcome.held.sort_unstable();
         outcome.missing.sort_unstable();
@@ -447,6 +459,58 @@ impl Body for Replace {
         }
         Ok(outcome)
     }
+}
+
+impl Replace {
+    /// Refuses a new holder beyond what its user may have; its row is there already.
+    async fn check_holders(&self, tx: &mut Tx) -> Result<(), Error> {
+        let user = user_of(&self.holder);
+        let count = count_of(tx, &HOLDERS_OF, user).await?;
+        if count <= self.limits.holders {
+            return Ok(());
+        }
+        Err(Error::ReportLimit {
+            user: user.to_owned(),
+            what: format!("{} holders of pins", self.limits.holders),
+            advice: "remove those of hosts and targets that are gone with `longshore pin rm`",
+        })
+    }
+
+    /// Refuses more pins than the user may have; the new ones are there already.
+    async fn check_pins(&self, tx: &mut Tx) -> Result<(), Error> {
+        let user = user_of(&self.holder);
+        let count = count_of(tx, &PINS_OF_USER, user).await?;
+        if count <= self.limits.pins {
+            return Ok(());
+        }
+        Err(Error::ReportLimit {
+            user: user.to_owned(),
+            what: format!("{} pins", self.limits.pins),
+            advice: "pin less, or remove holders that are gone with `longshore pin rm`",
+        })
+    }
+}
+
+/// Counts rows of the holders that are a user or below it. Between its name and those others may stand: `a`, `a-b`, `a/b`.
+async fn count_of(
+    tx: &mut Tx,
+    statement: &'static crate::sql::Statement,
+    user: &str,
+) -> Result<u64, Error> {
+    let values = [
+        user.into(),
+        format!("{user}/").into(),
+        format!("{user}0").into(),
+    ];
+    match tx.query_opt(statement, &values).await? {
+        Some(row) => row.u64(0),
+        None => Ok(0),
+    }
+}
+
+/// The user that a holder's name begins with.
+pub(crate) fn user_of(holder: &str) -> &str {
+    holder.split_once('/').map_or(holder, |(user, _)| user)
 }
 
 struct Remove {

@@ -252,6 +252,9 @@ pub(crate) enum WriteKind {
     /// A caller's that takes something away: goes on when the disk is full, because it makes room, and is refused when
     /// the mode was commanded.
     Delete,
+    /// A caller's that keeps something from being taken away: goes on when the mode was commanded, because the collector
+    /// does too, and is refused when the disk is full.
+    Protect,
     /// The store's own, such as the collector's: goes on in the read-only mode, because it makes room, and is refused
     /// where the store is being carried away or was.
     Maintenance,

@@ -396,6 +396,11 @@ impl Store {
         count(inner).await
     }
 
+    /// What [`Store::recent_statistics`] last said, without asking the database; `None` before it said something.
+    pub fn last_statistics(&self) -> Option<Statistics> {
+        self.0.figures.known().map(|(known, _)| known)
+    }
+
     /// Counts every repository's rows anew and sets its total, for tests.
     ///
     /// # Errors

@@ -30,6 +30,15 @@ fn a_restart_of_the_database_is_told_and_survived() {
         in_trouble(&answer);
         let answer = site.servers[1].request("POST", "/v2/kept/restart/blobs/uploads/", &[], &[]);
         in_trouble(&answer);
+        // Metrics are wanted most now: the process tells what it knows by itself.
+        let metrics = site.servers[1].get("/metrics");
+        assert_eq!(metrics.status(), 200, "{}", metrics.text());
+        for line in [
+            "longshore_store_reachable 0",
+            "longshore_http_requests_total{",
+        ] {
+            assert!(metrics.text().contains(line), "{line}: {}", metrics.text());
+        }
         pushers.wait_for_trouble_since(before);
         site.cluster.postgres.restart();
         pushers.wait_for_more(20);

@@ -186,3 +186,34 @@ fn a_changed_record_breaks_the_chain_and_the_ledger_is_moved_aside() {
             .exists()
     );
 }
+
+#[test]
+fn what_no_registry_takes_is_left_out_of_batches() {
+    let note = |text: &str| Record::Note {
+        at: "2026-01-01T00:00:00Z".to_owned(),
+        text: text.to_owned(),
+    };
+    let long = "x".repeat(MAX_REPORTED);
+    let (_directory, path) = ledger(&[
+        note("\u{1b}[31mred\nline"),
+        note(&long),
+        note(&long),
+        note("after"),
+        note(&long),
+    ]);
+    let length = std::fs::metadata(&path).unwrap().len();
+    let first = read_batch(&path, 0, length).unwrap();
+    // What a terminal would obey is escaped before it is written.
+    assert_eq!(first.records[0]["text"], "\\u{1b}[31mred\nline");
+    assert_eq!((first.records.len(), first.after), (1, None));
+    let second = read_batch(&path, first.end.unwrap(), length).unwrap();
+    assert_eq!(second.records.len(), 1);
+    assert_eq!(second.records[0]["text"], "after");
+    // It follows what was left out, as its hash says.
+    let mut chain = Chain::resume(&second.after.unwrap()).unwrap();
+    let line = oci::record::canonical(&second.records[0]).unwrap();
+    chain.verify_line(&line).unwrap();
+    let last = read_batch(&path, second.end.unwrap(), length).unwrap();
+    assert!(last.records.is_empty());
+    assert_eq!(last.end, Some(length));
+}

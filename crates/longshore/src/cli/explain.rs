@@ -62,7 +62,7 @@ impl Explain {
         ));
         output::line("");
         for line in section(&kept) {
-            output::line(line);
+            output::line(oci::text::escaped(&line));
         }
         Ok(Exit::OK)
     }

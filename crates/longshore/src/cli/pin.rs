@@ -161,7 +161,7 @@ impl Set {
                 for name in answer[list].as_array().into_iter().flatten() {
                     let manifest =
                         format!("{}@{}", text(&name["repository"]), text(&name["digest"]));
-                    output::line(format!("{word} {manifest}"));
+                    output::line(oci::text::escaped(&format!("{word} {manifest}")));
                 }
             }
         }

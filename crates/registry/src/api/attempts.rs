@@ -4,7 +4,7 @@
 //! whether that is the last one that is known is the store's question, and no reason to refuse.
 
 use http::{Method, Response, StatusCode};
-use oci::record::{Chain, canonical};
+use oci::record::{Chain, MAX_REPORTED, canonical};
 use oci::{Digest, Reference, RepositoryName};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -40,15 +40,19 @@ struct Batch {
 }
 
 async fn add(call: &mut Call) -> Result<Response<Body>, Refusal> {
+    if call.caller.principal == Principal::Anonymous {
+        // Before the body: whoever is nobody is told so, and not what is wrong with it.
+        call.require_operator().await?;
+    }
     let batch: Batch = call.json(LONGEST_BODY).await?;
     pins::require_holder(call, &batch.holder).await?;
     let bad = |message: String| Refusal::bad_request(UNSUPPORTED, message);
     if batch.target.is_empty()
         || batch.target.len() > LONGEST_TARGET
-        || batch.target.chars().any(char::is_control)
+        || batch.target.chars().any(oci::text::is_unprintable)
     {
         return Err(bad(format!(
-            "`target` must have 1 to {LONGEST_TARGET} bytes"
+            "`target` must have 1 to {LONGEST_TARGET} bytes of plain text"
         )));
     }
     if batch.records.len() > MOST {
@@ -66,6 +70,23 @@ async fn add(call: &mut Call) -> Result<Response<Body>, Refusal> {
     for (at, value) in batch.records.iter().enumerate() {
         let record = read(call, &mut chain, value)
             .map_err(|error| bad(format!("record {at} of the batch: {error}")))?;
+        if record.body.len() > MAX_REPORTED {
+            return Err(Refusal::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "SIZE_INVALID",
+                format!(
+                    "record {at} of the batch has {} bytes, the limit is {MAX_REPORTED}: leave it out and go on with \
+                     the one after it",
+                    record.body.len()
+                ),
+            ));
+        }
+        if !oci::text::is_printable(value) {
+            return Err(bad(format!(
+                "record {at} of the batch holds control characters or marks of direction: leave it out and go on with \
+                 the one after it"
+            )));
+        }
         records.push(record);
     }
     let outcome = call
@@ -266,7 +287,7 @@ pub(super) fn paths() -> Value {
             "post": {
                 "operationId": "addAttempts",
                 "summary": "Report records of an attempt ledger",
-                "description": "Idempotent: a record that is known is passed over. Without records the answer only tells the last one that is known, from which to go on.",
+                "description": "Idempotent: a record that is known is passed over. A record has at most 256 KiB and no control characters but line feeds and tabs. What one user may have is limited, see the reference of this API. Without records the answer only tells the last one that is known, from which to go on.",
                 "requestBody": { "required": true, "content": { "application/json": { "schema": {
                     "type": "object",
                     "required": ["holder", "target", "records"],

@@ -4,7 +4,7 @@ use http::{Method, Response, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{allow, time};
+use super::{allow, printable, time};
 use crate::error::Refusal;
 use crate::serve::body::Body;
 use crate::serve::call::{Call, json_response};
@@ -39,6 +39,7 @@ pub(super) async fn serve(call: &mut Call, words: &[&str]) -> Result<Response<Bo
         match wanted.mode {
             Kind::Normal => store.set_normal(&actor).await?,
             Kind::ReadOnly => {
+                printable("reason", &wanted.reason)?;
                 let reason: String = wanted.reason.chars().take(MAX_REASON).collect();
                 store.set_read_only(reason.trim(), &actor).await?;
             }

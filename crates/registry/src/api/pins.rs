@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use store::{ExpectedPins, HeldPin, Pin, Timestamp};
 
-use super::{allow, page, time};
+use super::{allow, page, printable, time};
 use crate::auth::{Decision, Principal};
 use crate::error::{DENIED, Refusal, UNSUPPORTED};
 use crate::serve::body::Body;
@@ -79,7 +79,7 @@ pub(super) fn is_own(call: &Call, holder: &str) -> bool {
 
 fn check_name(holder: &str) -> Result<(), Refusal> {
     let fits = holder.len() <= LONGEST_NAME
-        && !holder.chars().any(char::is_control)
+        && !holder.chars().any(oci::text::is_unprintable)
         && holder
             .split('/')
             .all(|word| !word.is_empty() && word != "." && word != "..");
@@ -132,6 +132,7 @@ async fn replace(call: &mut Call, holder: &str) -> Result<Response<Body>, Refusa
                 format!("a `reason` has at most {LONGEST_REASON} bytes"),
             ));
         }
+        printable("reason", &pin.reason)?;
         let expires = pin.expires.map(|text| {
             let at: jiff::Timestamp = text.parse().map_err(|_| {
                 Refusal::bad_request(
@@ -446,7 +447,7 @@ pub(super) fn paths() -> Value {
             "put": {
                 "operationId": "setPins",
                 "summary": "Replace the whole set of a holder",
-                "description": "Idempotent. Takes `If-Match` with the `ETag` of the set, or `If-None-Match: *`. A digest that is not here, or that the caller may not pull, is told as missing and is no error.",
+                "description": "Idempotent, and let through in the read-only mode by command. Takes `If-Match` with the `ETag` of the set, or `If-None-Match: *`. A digest that is not here, or that the caller may not pull, is told as missing and is no error.",
                 "requestBody": { "required": true, "content": { "application/json": { "schema": {
                     "type": "object",
                     "required": ["pins"],
@@ -485,5 +486,5 @@ pub(super) fn paths() -> Value {
 const LONGEST_NAME: usize = 255;
 const LONGEST_REASON: usize = 256;
 /// Pins of one holder.
-const MOST: usize = 10_000;
-const LONGEST_BODY: usize = 8 << 20;
+const MOST: usize = 2000;
+const LONGEST_BODY: usize = 2 << 20;

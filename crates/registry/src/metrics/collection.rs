@@ -6,8 +6,6 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::error::Refusal;
-
 /// How far the collector is behind, and what this process did.
 pub(super) struct Collection {
     due: Family<Kind, Gauge>,
@@ -64,9 +62,9 @@ impl Collection {
         meters
     }
 
-    /// Brings the meters to the state of the store.
-    pub(super) async fn set(&self, store: &store::Store) -> Result<(), Refusal> {
-        for lag in store.collection_lag().await? {
+    /// Brings the meters of what is due to the state of the store.
+    pub(super) fn set_lag(&self, lags: Vec<store::QueueLag>) {
+        for lag in lags {
             let kind = Kind {
                 kind: lag.kind.name(),
             };
@@ -74,6 +72,10 @@ impl Collection {
             let oldest = lag.oldest.map_or(0, |at| at.0 / 1_000_000);
             self.oldest.get_or_create(&kind).set(oldest);
         }
+    }
+
+    /// Brings the meters of this process's own work to what it is.
+    pub(super) fn count(&self, store: &store::Store) {
         let totals = store.collection_totals();
         raise(&self.looked_at, totals.looked_at);
         raise(&self.failed, totals.failed);
@@ -83,7 +85,6 @@ impl Collection {
             raise(&self.collected.get_or_create(&kind), *number);
             raise(&self.collected_bytes.get_or_create(&kind), *bytes);
         }
-        Ok(())
     }
 }
 

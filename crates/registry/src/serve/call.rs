@@ -166,6 +166,12 @@ impl Call {
         limit: usize,
     ) -> Result<T, Refusal> {
         let body = self.whole_body(limit).await?;
+        if holds_nul(&body) {
+            return Err(Refusal::bad_request(
+                UNSUPPORTED,
+                "the body holds a NUL character (`\\u0000`)",
+            ));
+        }
         serde_json::from_slice(&body).map_err(|error| {
             Refusal::bad_request(UNSUPPORTED, format!("the body is not as expected: {error}"))
         })
@@ -362,6 +368,20 @@ impl Call {
     }
 }
 
+/// Whether a text of this JSON holds a NUL, which PostgreSQL cannot keep. A raw one is no JSON, so it is an escape, and
+/// backslashes stand in texts alone.
+fn holds_nul(json: &[u8]) -> bool {
+    let mut rest = json;
+    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
+        let (_, escape) = rest.split_at(at);
+        if escape.starts_with(b"\\u0000") {
+            return true;
+        }
+        rest = escape.get(2..).unwrap_or_default();
+    }
+    false
+}
+
 /// A body that stopped arriving.
 pub(crate) fn stalled() -> Refusal {
     Refusal::new(
@@ -402,3 +422,22 @@ fn repository_scope(repository: &RepositoryName, action: Action) -> String {
 
 const DRAIN: usize = 16 * 1024 * 1024;
 const DRAIN_TIME: std::time::Duration = std::time::Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nul_is_an_escape_and_not_the_words_for_it() {
+        for (json, holds) in [
+            (r#"{"a":"x\u0000"}"#, true),
+            (r#"{"a":"\\\u0000"}"#, true),
+            (r#"{"a":"\\u0000"}"#, false),
+            (r#"{"a":"\u0001u0000"}"#, false),
+            (r#"["\"#, false),
+            ("", false),
+        ] {
+            assert_eq!(holds_nul(json.as_bytes()), holds, "{json}");
+        }
+    }
+}

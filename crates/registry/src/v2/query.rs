@@ -19,13 +19,22 @@ impl Query {
                 let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
                 Some((decode(key)?, decode(value)?))
             })
-            .collect::<Option<_>>()
-            .map(Self)
+            .collect::<Option<Vec<_>>>()
             .ok_or_else(|| {
                 Refusal::bad_request(
                     crate::error::UNSUPPORTED,
                     "the query has a broken `%` escape",
                 )
+            })
+            .and_then(|pairs| {
+                // PostgreSQL has no text with it, and no name here has it.
+                if pairs.iter().any(|(_, value)| value.contains('\0')) {
+                    return Err(Refusal::bad_request(
+                        crate::error::UNSUPPORTED,
+                        "the query holds a NUL character (`%00`)",
+                    ));
+                }
+                Ok(Self(pairs))
             })
     }
 
@@ -101,6 +110,7 @@ mod tests {
             Some(u64::MAX)
         );
         assert!(Query::parse("a=%2").is_err());
+        assert!(Query::parse("a=b&cursor=x%00").is_err());
     }
 
     proptest! {

@@ -8,6 +8,8 @@ mod blob;
 #[cfg(test)]
 mod catalog;
 #[cfg(test)]
+mod early;
+#[cfg(test)]
 mod events;
 #[cfg(test)]
 mod harness;

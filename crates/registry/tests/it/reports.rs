@@ -4,7 +4,7 @@ use oci::Digest;
 use oci::record::Chain;
 use registry::{Access, Settings};
 use serde_json::{Value, json};
-use store::Options;
+use store::{Options, ReportLimits};
 
 use crate::harness::{Registry, Reply, basic, image};
 
@@ -209,7 +209,7 @@ fn ledger() -> Vec<Value> {
         json!({ "kind": "attempt", "attempt": 1, "at": "t", "trigger": "poll", "reference": "r.example:5000/shop/web:production", "digest": digest, "previous": null }),
         json!({ "kind": "verdict", "attempt": 1, "verdict": null }),
         json!({ "kind": "outcome", "attempt": 1, "at": "t", "outcome": "good", "reason": null }),
-        json!({ "kind": "note", "at": "t", "text": "é\u{1}" }),
+        json!({ "kind": "note", "at": "t", "text": "é\n\t" }),
     ]
     .iter()
     .map(|record| serde_json::from_str(&chain.append(record).unwrap()).unwrap())
@@ -307,6 +307,90 @@ async fn attempts_are_kept_as_they_came_and_shown_to_those_who_may() {
 
 fn ratio(logical: u64, stored: u64) -> f64 {
     (logical as f64 / stored as f64 * 1000.0).round() / 1000.0
+}
+
+#[tokio::test]
+async fn text_that_cannot_be_kept_or_shown_is_refused() {
+    let registry = Registry::users(|_| {}).await;
+    let root = basic("root");
+    let root = [("Authorization", root.as_str())];
+    for path in [
+        "pins?cursor=%00",
+        "storage/repositories?cursor=%00",
+        "storage/repositories?namespace=%00",
+        "storage/namespaces?cursor=a%00",
+        "attempts?holder=%00",
+        "attempts?kind=%00",
+        "pins?limit=0",
+        "storage/namespaces?limit=0",
+        "attempts?limit=0",
+    ] {
+        let reply = registry
+            .call(&format!("GET /api/v1/{path}"), &root, b"")
+            .await;
+        assert_eq!(reply.status, 400, "{path}: {}", reply.text());
+    }
+    let digest = registry.image_as("shop/web", "v1", "x", &root).await;
+    let record = |record: Value| -> Value {
+        serde_json::from_str(&Chain::new().append(&record).unwrap()).unwrap()
+    };
+    for text in ["a\0b", "\u{1b}[31mred", "\u{202e}", "\u{9b}"] {
+        let pins =
+            json!({ "pins": [{ "repository": "shop/web", "digest": digest, "reason": text }] });
+        send(&registry, "bob", "PUT /api/v1/pins/bob", &pins)
+            .await
+            .refused(400, "UNSUPPORTED");
+        let mode = json!({ "mode": "read-only", "reason": text });
+        send(&registry, "root", "PUT /api/v1/mode", &mode)
+            .await
+            .refused(400, "UNSUPPORTED");
+        let batch = json!({ "holder": "bob", "target": "web", "previous": null, "records": [record(json!({ "text": text }))] });
+        let refused = send(&registry, "bob", "POST /api/v1/attempts", &batch).await;
+        assert_eq!(refused.status, 400, "{}", refused.text());
+    }
+    let long = json!({ "holder": "bob", "target": "web", "records": [
+        record(json!({ "text": "x".repeat(256 << 10) }))
+    ] });
+    send(&registry, "bob", "POST /api/v1/attempts", &long)
+        .await
+        .refused(413, "SIZE_INVALID");
+    // Who is nobody is told so, whatever it sends.
+    registry
+        .call("POST /api/v1/attempts", &[], b"{")
+        .await
+        .refused(401, "UNAUTHORIZED");
+}
+
+#[tokio::test]
+async fn what_one_user_may_report_has_an_end() {
+    let options = Options {
+        reports: ReportLimits {
+            holders: 1,
+            targets: 1,
+            ..ReportLimits::default()
+        },
+        ..Options::default()
+    };
+    let registry = Registry::with(|_, _| Access::Open, options, |_| {}).await;
+    let put = async |holder: &str| {
+        registry
+            .call(&format!("PUT /api/v1/pins/{holder}"), &[], b"{\"pins\":[]}")
+            .await
+    };
+    put("bob/a").await.expect(201);
+    let refused = put("bob/b").await.refused(403, "DENIED");
+    assert!(refused.text().contains("1 holders"), "{}", refused.text());
+    put("eve/b").await.expect(201);
+    let post = async |target: &str| {
+        let batch = json!({ "holder": "bob", "target": target, "records": ledger() });
+        let body = batch.to_string();
+        registry
+            .call("POST /api/v1/attempts", &[], body.as_bytes())
+            .await
+    };
+    post("web").await.expect(200);
+    post("db").await.refused(403, "DENIED");
+    post("web").await.expect(200);
 }
 
 #[tokio::test]

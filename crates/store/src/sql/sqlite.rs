@@ -375,7 +375,7 @@ impl Writer {
         if let (Err(Error::Full), [job]) = (&outcome, batch.as_slice()) {
             let made_room = self.tx.context.gate.met_full_disk();
             // The collector goes on into the room of the reserve.
-            if made_room && job.kind() != WriteKind::User {
+            if made_room && !matches!(job.kind(), WriteKind::User | WriteKind::Protect) {
                 outcome = self.attempt(&mut batch);
             }
         }

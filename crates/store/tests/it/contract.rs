@@ -27,6 +27,7 @@ async fn sqlite_and_postgres_keep_the_contract_and_run_every_statement() {
             enabled: false,
             ..GcOptions::default()
         },
+        reports: crate::reports::limits(),
         ..Options::default()
     };
     for engine in [sqlite(options()).await, postgres(options()).await] {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use oci::{Algorithm, Digest};
-use store::{Error, Options, Store};
+use store::{Error, ExpectedPins, Options, Pin, Store};
 
 use crate::engine::{
     actor, content, described, name, push_blob, push_image, put_of, read_blob, sqlite, tag,
@@ -82,6 +82,25 @@ pub(crate) async fn read_only_by_command(store: &Store) {
     );
     refused(store.delete_blob(&repository, &blob.digest, &actor()).await);
 
+    // The collector goes on, so a pin must be let through; to take one away waits.
+    let pins = vec![Pin {
+        repository: repository.clone(),
+        digest: described(&view).digest,
+        reason: String::new(),
+        expires: None,
+    }];
+    let pinned = store
+        .set_pins("mode", pins, ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
+    assert_eq!(pinned.held.len(), 1);
+    refused(
+        store
+            .remove_pins("mode", ExpectedPins::Any, &actor())
+            .await
+            .map(drop),
+    );
+
     // A HEAD with a fresh lease promises nothing new; one that must renew it may not promise (I7).
     assert!(
         store
@@ -114,6 +133,10 @@ pub(crate) async fn read_only_by_command(store: &Store) {
     assert!(store.mode().await.unwrap().commanded.is_some());
 
     store.set_normal(&actor()).await.unwrap();
+    store
+        .remove_pins("mode", ExpectedPins::Any, &actor())
+        .await
+        .unwrap();
     assert!(store.mode().await.unwrap().is_normal());
     push_image(store, &repository, 902, &["v2"]).await;
 }

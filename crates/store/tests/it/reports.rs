@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use oci::{Digest, RepositoryName};
 use store::{
-    AttemptFilter, AttemptRecord, Error, Expected, ExpectedPins, Options, Pin, Store, Timestamp,
-    UsageOrder,
+    AttemptFilter, AttemptRecord, Error, Expected, ExpectedPins, Options, Pin, ReportLimits, Store,
+    Timestamp, UsageOrder,
 };
 
 use crate::engine::{
@@ -17,11 +17,111 @@ pub(crate) async fn keep_the_contract(store: &Store) {
     pins_hold(store).await;
     pins_are_replaced_as_a_whole(store).await;
     pins_end(store).await;
+    pins_of_a_user_have_an_end(store).await;
     attempts_are_kept_in_order(store).await;
+    attempts_of_a_user_have_an_end(store).await;
     quotas_are_checked(store).await;
     totals_are_the_truth(store).await;
     shared_blobs_are_divided(store).await;
     pulls_are_counted(store).await;
+}
+
+/// Small enough to meet.
+pub(crate) fn limits() -> ReportLimits {
+    ReportLimits {
+        holders: 2,
+        pins: 3,
+        targets: 2,
+        bytes: 2200,
+        target_bytes: 1000,
+    }
+}
+
+async fn pins_of_a_user_have_an_end(store: &Store) {
+    let repository = name("pins/many");
+    let mut digests = Vec::new();
+    for seed in 0..4 {
+        let view = push_image(store, &repository, 7400 + seed, &[]).await;
+        digests.push(described(&view).digest);
+    }
+    let set = async |holder: &str, pins: &[usize]| {
+        let pins = pins
+            .iter()
+            .map(|at| pin(&repository, &digests[*at]))
+            .collect();
+        store
+            .set_pins(holder, pins, ExpectedPins::Any, &actor())
+            .await
+    };
+    set("host9/a", &[0, 1]).await.unwrap();
+    set("host9", &[2]).await.unwrap();
+    let refused = set("host9/b", &[]).await;
+    assert!(
+        matches!(&refused, Err(Error::ReportLimit { user, what, .. }) if user == "host9" && what.contains("holders"))
+    );
+    // What is refused leaves nothing; what others have does not count, also where its name only looks alike.
+    assert!(store.pins("host9/b").await.unwrap().is_none());
+    set("host9-b", &[0]).await.unwrap();
+    let refused = set("host9", &[2, 3]).await;
+    assert!(
+        matches!(&refused, Err(Error::ReportLimit { what, .. }) if what.contains("pins")),
+        "{refused:?}"
+    );
+    // At the limit a set may change and shrink.
+    set("host9", &[3]).await.unwrap();
+    set("host9/a", &[1]).await.unwrap();
+    set("host9", &[2, 3]).await.unwrap();
+    for holder in ["host9", "host9/a", "host9-b"] {
+        store
+            .remove_pins(holder, ExpectedPins::Any, &actor())
+            .await
+            .unwrap();
+    }
+}
+
+async fn attempts_of_a_user_have_an_end(store: &Store) {
+    let long = |previous: u8, own: u8| AttemptRecord {
+        body: format!("{{\"n\":{own},\"x\":\"{}\"}}", "é".repeat(140)),
+        ..record(previous, own, "note")
+    };
+    let add = async |holder: &str, target: &str, records: &[AttemptRecord]| {
+        store
+            .add_attempts(holder, target, records.to_vec(), "user:host8")
+            .await
+    };
+    // About 300 bytes each: what lies wholly beyond the limit goes.
+    let many: Vec<_> = (1..6).map(|n| long(n - 1, n)).collect();
+    let outcome = add("host8", "web", &many).await.unwrap();
+    assert_eq!((outcome.added, outcome.head.unwrap().sequence), (5, 5));
+    let of = |holder: &str| AttemptFilter {
+        holder: Some(holder.to_owned()),
+        ..AttemptFilter::default()
+    };
+    let kept = store.attempts(&of("host8"), None, 10).await.unwrap();
+    assert_eq!(
+        kept.iter().map(|kept| kept.hash[0]).collect::<Vec<_>>(),
+        [5, 4, 3, 2]
+    );
+    // What was cut off does not count any more.
+    let outcome = add("host8/x", "db", &many[..3]).await.unwrap();
+    assert_eq!(outcome.added, 3);
+    let refused = add("host8/x", "db", &many[3..]).await;
+    assert!(
+        matches!(&refused, Err(Error::ReportLimit { user, what, .. }) if user == "host8" && what.contains("bytes")),
+        "{refused:?}"
+    );
+    let refused = add("host8/y", "web", &[record(0, 1, "note")]).await;
+    assert!(
+        matches!(&refused, Err(Error::ReportLimit { what, .. }) if what.contains("2 targets")),
+        "{refused:?}"
+    );
+    // Little goes on to a target that is there, and others are others.
+    add("host8/x", "db", &[record(3, 7, "note")]).await.unwrap();
+    for holder in ["host8-b", "host80", "host7"] {
+        add(holder, "web", &[record(0, 1, "note")]).await.unwrap();
+    }
+    store.advance_clock(Duration::from_hours(24 * 401));
+    store.maintain_once().await.unwrap();
 }
 
 fn pin(repository: &RepositoryName, digest: &Digest) -> Pin {

@@ -303,7 +303,7 @@ fn begin(kind: WriteKind) -> String {
     match kind {
         WriteKind::Place => BEGIN.to_owned(),
         WriteKind::Maintenance => format!("{BEGIN}; {}", mode::CHECK.postgres()),
-        WriteKind::User | WriteKind::Delete => format!(
+        WriteKind::User | WriteKind::Delete | WriteKind::Protect => format!(
             "{BEGIN}; SELECT pg_advisory_xact_lock_shared({USERS}); {}",
             mode::CHECK.postgres()
         ),

@@ -51,6 +51,7 @@ pub(super) struct Settings {
 impl Settings {
     /// Reads a connection string: a URL, or the driver's `key=value` form.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
+        refuse_second_at(text)?;
         let (text, own) = take_own(text)?;
         // The driver's message names the key at fault and no value.
         let mut config: Config = text
@@ -93,6 +94,25 @@ impl Settings {
             read_only_too: asked == TargetSessionAttrs::Any,
         })
     }
+}
+
+/// Refuses a URL with an `@` behind the one that ends the credentials: what the driver would take for a host is then the end
+/// of a password, and hosts are named in logs.
+fn refuse_second_at(text: &str) -> Result<(), String> {
+    let Some((_, rest)) = text
+        .split_once("://")
+        .and_then(|(_, rest)| rest.split_once('@'))
+    else {
+        return Ok(());
+    };
+    let place = rest.split('?').next().unwrap_or_default();
+    if place.contains('@') {
+        return Err(
+            "it has more than one `@`: write those of the user's name and the password as `%40`"
+                .to_owned(),
+        );
+    }
+    Ok(())
 }
 
 /// Parameters that the driver does not know.
@@ -361,6 +381,8 @@ mod tests {
             ("postgres://u:secret@h/d?sslrootcert=%4", "hexadecimal"),
             ("postgres://u:secret@h/d?sslcert=/x", "sslkey"),
             ("postgres://u:secret@a,b/d?port=1,2,3", "port"),
+            ("postgres://u:my@secret@h/d", "%40"),
+            ("postgres://u:my@sec/secret@h/d?sslmode=disable", "%40"),
         ] {
             let problem = Settings::parse(text).unwrap_err();
             assert!(problem.contains(says), "{text}: {problem}");

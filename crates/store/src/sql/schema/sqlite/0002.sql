@@ -81,7 +81,8 @@ CREATE INDEX pin_repository ON pin (repository_id);
 CREATE INDEX pin_manifest ON pin (manifest_id);
 CREATE INDEX pin_expires ON pin (expires_at) WHERE expires_at IS NOT NULL;
 
--- What agents reported, in the order of their ledgers. `link` tells how a record follows the one before it here.
+-- What agents reported, in the order of their ledgers. `link` tells how a record follows the one before it here;
+-- `reach` is the bytes of all that came for the target up to this record.
 CREATE TABLE attempt (
     id INTEGER PRIMARY KEY NOT NULL,
     holder TEXT NOT NULL,
@@ -95,6 +96,7 @@ CREATE TABLE attempt (
     digest BLOB,
     outcome TEXT,
     body TEXT NOT NULL,
+    reach BIGINT NOT NULL,
     received_by TEXT NOT NULL,
     received_at BIGINT NOT NULL,
     UNIQUE (holder, target, hash),
