@@ -3,7 +3,7 @@
 //! Everything ends as a link or a file under `target/tools`, by the name that the tests use, so
 //! that a second run finds it. On Debian as root, missing packages are installed; clients that the
 //! machine's own release lacks are downloaded as packages of a later release, with sources
-//! derived from the machine's own, and unpacked beside (never installed); two that no release has are
+//! derived from the machine's own, and unpacked beside (never installed); those that no release has are
 //! built with Go where Go is there. Elsewhere a tool is taken from `PATH`, or it is missing.
 
 use std::path::{Path, PathBuf};

@@ -12,7 +12,19 @@ use e2e::Cluster;
 use crate::{Part, engine, mode, provision, shell};
 
 /// The store's tests that start PostgreSQL servers and S3 stores.
-const SERVERS: &[&str] = &["contract::", "object_store", "transfer::", "reindex::"];
+const SERVERS: &[&str] = &[
+    "cluster::",
+    "collection_race::",
+    "contract::",
+    "lock_order::",
+    "object_store",
+    "recovery::",
+    "reindex::",
+    "transfer::",
+    "a_retention_run_on_postgres",
+    "the_audit_record_of_a_cluster",
+    "a_reindex_makes_no_database",
+];
 
 /// The directory of the package with the wire-level suite.
 const WIRE: &str = "crates/registry";
@@ -42,7 +54,7 @@ const EMBEDDED: &[(&str, &str)] = &[
     ),
     (
         "a_chunk_cut_at_37_of_100_mib_and_a_kill_go_on_at_a_true_offset",
-        "a replica that was killed holds its claim for half a minute; `replica::` of the suite `cluster` waits for that",
+        "`replica::` of the suite `cluster` kills replicas in the middle of uploads, and goes on at others",
     ),
 ];
 

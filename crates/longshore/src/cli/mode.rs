@@ -9,8 +9,8 @@ use crate::output::{self, Exit};
 
 /// Show whether a registry takes writes, stop them, or let them go on.
 ///
-/// In the read-only mode pulls go on and the collector goes on deleting. Pushes, tag moves, deletions, pins and quotas of users get 503
-/// with the reason. All replicas follow at once. A registry whose disk is full goes into this mode and out of it by itself.
+/// In the read-only mode pulls go on and the collector goes on deleting. Pushes, tag moves, deletions and quotas of users get 503
+/// with the reason; pins are taken, so that agents keep what they run. All replicas follow at once. A registry whose disk is full goes into this mode and out of it by itself.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Mode {
