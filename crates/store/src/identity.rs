@@ -5,12 +5,16 @@
 //! and its place of objects has a file `store` with the same one. A data directory that holds both by itself has no such
 //! file and needs none.
 //!
+//! A running store looks at the file again, and before it deletes objects: when they were given to another store
+//! (`reindex --take-over`, `restore --adopt`, `migrate --reopen`), it stops.
+//!
 //! Making one needs no conditional request: the database decides who makes it and where (`making <id> <place>`), the
 //! file is written and read back, and only then the identity stands. A program that died between goes on there. A
 //! database that has objects takes a place for its own only when the place has some of them.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::blob::StorageKey;
 use crate::blob::file_system::sync_directory;
@@ -20,6 +24,7 @@ use crate::clock::random_name;
 use crate::error::Error;
 use crate::location::{DatabaseLocation, Location, ObjectLocation};
 use crate::sql::{Body, Db, Tx, WriteKind, statements};
+use crate::store::Inner;
 
 statements! {
     GET = "SELECT value FROM meta WHERE key = 'store'";
@@ -50,7 +55,9 @@ pub(crate) enum Claim {
     Open,
     /// A new database is filled, and its objects come to a place of its own.
     Fill,
-    /// An operator says that both belong together; what one of them lacks it gets from the other.
+    /// The objects stay while their rows are carried to another database, which gets their identity.
+    Stay,
+    /// An operator says that both belong together. They get a new identity, so that a copy of the database is refused.
     Adopt,
     /// The place gets a new identity, so that whoever used it before is refused.
     TakeOver,
@@ -156,9 +163,9 @@ impl Place {
         Error::unusable(Path::new(&self.name()), problem)
     }
 
-    /// Refuses a place that has none of the objects that the database names.
-    async fn holds_ours(&self, db: &Db) -> Result<(), Error> {
-        let mut asked = false;
+    /// Refuses a place that has none of the objects that the database names; `surely`: also where it names none.
+    async fn holds_ours(&self, db: &Db, surely: bool) -> Result<(), Error> {
+        let mut asked = surely;
         for row in db.read(&SAMPLE, &[]).await? {
             let key = StorageKey::parse(&row.text(0)?)?;
             asked = true;
@@ -183,7 +190,13 @@ impl Place {
 pub(crate) async fn claim(db: &Db, place: &Place, how: Claim) -> Result<Option<String>, Error> {
     let ours = find(db).await?;
     let theirs = place.read_known(ours.is_some()).await?;
-    if how == Claim::TakeOver {
+    if how == Claim::Adopt {
+        let same = matches!((&ours, &theirs), (Some(ours), Some(theirs)) if ours.id == *theirs);
+        if !same && !place.whole {
+            place.holds_ours(db, theirs.is_some()).await?;
+        }
+    }
+    if matches!(how, Claim::TakeOver | Claim::Adopt) {
         if place.whole && theirs.is_none() {
             return Ok(ours.map(|ours| ours.id));
         }
@@ -199,8 +212,8 @@ pub(crate) async fn claim(db: &Db, place: &Place, how: Claim) -> Result<Option<S
             Ok(Some(theirs))
         }
         (Some(_), Some(_)) => Err(place.refuse(OTHER)),
-        (None, Some(theirs)) if how == Claim::Adopt => {
-            place.holds_ours(db).await?;
+        (None, Some(theirs)) if how == Claim::Stay => {
+            place.holds_ours(db, false).await?;
             db.write(Set(theirs.clone(), true)).await?;
             Ok(Some(theirs))
         }
@@ -210,16 +223,24 @@ pub(crate) async fn claim(db: &Db, place: &Place, how: Claim) -> Result<Option<S
             if how == Claim::Open {
                 return Err(place.refuse(NONE));
             }
-            place.holds_ours(db).await?;
+            place.holds_ours(db, false).await?;
             make(db, place, ours, false).await
         }
         (Some(ours), None) => {
             ours.may_be_made_at(place)?;
-            place.holds_ours(db).await?;
+            place.holds_ours(db, false).await?;
             make(db, place, ours, false).await
         }
         (None, None) => {
-            place.holds_ours(db).await?;
+            place.holds_ours(db, false).await?;
+            // A new database over somebody's objects; unless another replica was first, and they are its own.
+            if how == Claim::Open
+                && db.read(&SAMPLE, &[]).await?.is_empty()
+                && place.objects.are_some().await?
+                && db.read(&SAMPLE, &[]).await?.is_empty()
+            {
+                return Err(place.refuse(NAMELESS));
+            }
             make(db, place, Known::making(random_name()?, place), false).await
         }
     }
@@ -239,6 +260,59 @@ pub(crate) async fn compare(ours: Option<&str>, place: &Place) -> Result<(), Err
         (None, Some(_)) => Err(place.refuse(TAKEN)),
         (Some(ours), None) if ours.making.is_none() && !place.whole => Err(place.refuse(NONE)),
         _ => Ok(()),
+    }
+}
+
+/// What a running store looks at again: whether its objects are still its own.
+pub(crate) struct Watch {
+    place: Place,
+    id: Option<String>,
+    looked: Mutex<Option<Instant>>,
+}
+
+impl Watch {
+    /// `id` as [`claim`] told it.
+    pub(crate) fn new(place: Place, id: Option<String>) -> Self {
+        Self {
+            place,
+            id,
+            looked: Mutex::new(None),
+        }
+    }
+
+    /// Looks, unless the last look is not older than `age`, and stops the store when its objects were given to another.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] then; [`Error::Unusable`] when the identity is gone; as for reading it.
+    pub(crate) async fn look(&self, db: &Db, age: Duration) -> Result<(), Error> {
+        let Some(id) = &self.id else { return Ok(()) };
+        let looked = || self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        if looked().is_some_and(|last| last.elapsed() < age) {
+            return Ok(());
+        }
+        match self.place.read_known(true).await? {
+            Some(found) if found == *id => {
+                *looked() = Some(Instant::now());
+                Ok(())
+            }
+            Some(_) => {
+                db.stop("its objects were given to another store");
+                Err(Error::Stopped)
+            }
+            None => Err(self.place.refuse(NONE)),
+        }
+    }
+}
+
+/// Looks now and then, until the store has stopped.
+pub(crate) async fn work(inner: &Inner) {
+    loop {
+        tokio::time::sleep(EVERY).await;
+        match inner.identity.look(&inner.db, AGE).await {
+            Err(Error::Stopped) => return,
+            Err(error) => tracing::warn!(%error, "it cannot be told whose the objects are"),
+            Ok(()) => {}
+        }
     }
 }
 
@@ -326,7 +400,7 @@ struct Set(String, bool);
 
 impl Body for Set {
     type Output = String;
-    const KIND: WriteKind = WriteKind::Maintenance;
+    const KIND: WriteKind = WriteKind::Place;
 
     async fn run(&self, tx: &mut Tx) -> Result<String, Error> {
         let statement = if self.1 { &SET } else { &ADD };
@@ -365,12 +439,18 @@ fn write_whole(root: &Path, text: &[u8]) -> Result<(), Error> {
     sync_directory(root)
 }
 
+/// How old a look may be before objects are deleted.
+pub(crate) const AGE: Duration = Duration::from_secs(2);
+const EVERY: Duration = Duration::from_secs(5);
 const HEAD: &str = "longshore store ";
 const MAKING: &str = "making ";
 const LONGEST: u64 = 256;
 const PAUSE: Duration = Duration::from_millis(200);
 const OTHER: &str = "it holds the objects of another store than the database does; is `storage.objects` or \
-    `storage.database` wrong?";
+    `storage.database` wrong? When they were given to another database by mistake, `longshore restore --adopt` compares \
+    them and takes them back";
+const NAMELESS: &str = "it holds objects, and this database is empty; is `storage.objects` or `storage.database` wrong? \
+    `longshore reindex` makes a new database over old objects";
 const TAKEN: &str = "it belongs to a store, and this database knows nothing of it; is `storage.objects` or \
     `storage.database` wrong? A database that was restored takes its objects with `longshore restore --adopt`, a new \
     one with `longshore reindex --take-over`";

@@ -117,7 +117,7 @@ pub async fn reindex_at(
     let how = if take_over {
         Claim::TakeOver
     } else {
-        Claim::Open
+        Claim::Fill
     };
     let url = match &location.database {
         DatabaseLocation::Sqlite(data) => {
@@ -133,6 +133,12 @@ pub async fn reindex_at(
                 }
             };
             let place = Place::new(location, &objects);
+            // Of a directory that holds both, the lost database was the only one.
+            let how = if place.is_whole() {
+                Claim::TakeOver
+            } else {
+                how
+            };
             return embedded(
                 data,
                 objects,

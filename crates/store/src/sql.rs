@@ -164,8 +164,9 @@ impl Db {
 
     /// Stops a database that this process must not go on with.
     pub(crate) fn stop(&self, reason: &str) {
-        if let Self::Postgres(postgres) = self {
-            postgres.stop(reason);
+        match self {
+            Self::Sqlite(sqlite) => sqlite.stop(reason),
+            Self::Postgres(postgres) => postgres.stop(reason),
         }
     }
 

@@ -65,6 +65,8 @@ pub(crate) struct Inner {
     pub(crate) backup: crate::backup::Place,
     /// Where exports are written.
     pub(crate) exports: Shelf,
+    /// Whether the objects are still this store's.
+    pub(crate) identity: identity::Watch,
     signal: Arc<watch::Sender<i64>>,
     epoch: String,
     upkeep: Rarely,
@@ -160,7 +162,7 @@ impl Store {
         };
         crate::transfer::check_open(&db).await?;
         let place = Place::of(&place.0, &place.1, &objects);
-        identity::claim(&db, &place, Claim::Open).await?;
+        let id = identity::claim(&db, &place, Claim::Open).await?;
         let epoch = meta::epoch(&db).await?;
         context
             .signal
@@ -194,6 +196,7 @@ impl Store {
             runtime: tokio::runtime::Handle::current(),
             backup: crate::backup::Place::default(),
             exports,
+            identity: identity::Watch::new(place, id),
             signal: context.signal,
             epoch,
             upkeep: Rarely::default(),
@@ -256,6 +259,7 @@ impl Store {
             tokio::join!(
                 collect::work(&self.0),
                 export::work(&self.0),
+                identity::work(&self.0),
                 Box::pin(self.scrub()),
                 Box::pin(self.retain()),
             );

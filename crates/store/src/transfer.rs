@@ -257,8 +257,8 @@ async fn carry(
 /// # Errors
 /// As for opening the store.
 pub async fn reopen(location: &Location) -> Result<bool, Error> {
-    let source = Source::open(location, true).await?;
-    let was = source.reopen().await?;
+    let source = Source::open_any(location, true).await?;
+    let was = source.reopen(location).await?;
     source.close().await?;
     Ok(was)
 }

@@ -212,6 +212,22 @@ impl FileSystem {
         self.list_below(self.root.clone())
     }
 
+    /// Whether there is any file under the root.
+    pub(crate) fn are_some(&self) -> Result<bool, Error> {
+        let mut open = vec![self.root.clone()];
+        while let Some(directory) = open.pop() {
+            let failed = |error| Error::io("read", &directory, error);
+            for entry in std::fs::read_dir(&directory).map_err(failed)? {
+                let entry = entry.map_err(failed)?;
+                if !entry.file_type().map_err(failed)?.is_dir() {
+                    return Ok(true);
+                }
+                open.push(entry.path());
+            }
+        }
+        Ok(false)
+    }
+
     fn list_below(&self, directory: PathBuf) -> Result<Vec<(PathBuf, Option<StorageKey>)>, Error> {
         let mut found = Vec::new();
         let mut open = vec![directory];

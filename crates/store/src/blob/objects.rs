@@ -147,6 +147,17 @@ impl Objects {
         }
     }
 
+    /// Whether there is any object.
+    pub(crate) async fn are_some(&self) -> Result<bool, Error> {
+        match self {
+            Self::Directory(files) => {
+                let files = Arc::clone(files);
+                blocking(move || files.are_some()).await
+            }
+            Self::S3(s3) => s3.are_some().await,
+        }
+    }
+
     /// Whether there is an object of this key.
     pub(crate) async fn is_there(&self, key: &StorageKey) -> Result<bool, Error> {
         match self {

@@ -474,6 +474,13 @@ impl S3 {
         Ok(found)
     }
 
+    /// Whether there is any object of a blob.
+    pub(crate) async fn are_some(&self) -> Result<bool, Error> {
+        let root = Path::from(self.prefixed("o"));
+        let first = self.0.store.list(Some(&root)).next().await;
+        Ok(first.transpose().map_err(Failure::from)?.is_some())
+    }
+
     /// A URL with which anybody may read this object for `ttl`.
     pub(crate) async fn presign(&self, key: &StorageKey, ttl: Duration) -> Result<String, Error> {
         self.0

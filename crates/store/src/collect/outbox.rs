@@ -15,6 +15,7 @@ use crate::blob::objects::Removal;
 use crate::clock::Timestamp;
 use crate::error::Error;
 use crate::failpoint::failpoint;
+use crate::identity;
 use crate::sql::{Body, Db, Tx, WriteKind, statements};
 use crate::store::Inner;
 
@@ -79,6 +80,8 @@ pub(super) async fn serve(inner: &Arc<Inner>, pace: &mut Pace) -> Result<usize, 
     if due.is_empty() {
         return Ok(0);
     }
+    // What was given to another store is not ours to delete.
+    inner.identity.look(&inner.db, identity::AGE).await?;
     failpoint("outbox.before_remove");
     let tried = due.len();
     let mut gone = Vec::new();

@@ -164,6 +164,12 @@ impl Sqlite {
         reader(&self.readers.path)
     }
 
+    /// Takes nothing more; what is queued is finished, and the writer ends.
+    pub(super) fn stop(&self, reason: &str) {
+        tracing::error!(reason, "the store stops");
+        drop(lock(&self.jobs).take());
+    }
+
     pub(super) async fn stopped(&self) {
         let mut stopped = self.stopped.clone();
         // An error means that the writer is gone, which is the same.

@@ -48,6 +48,15 @@ impl Reading {
 impl Source {
     /// `last`: nobody else may use it.
     pub(super) async fn open(location: &Location, last: bool) -> Result<Self, Error> {
+        let source = Self::open_any(location, last).await?;
+        let identity = fact(&mut source.snapshot().await?, identity::KEY).await?;
+        let place = Place::new(location, &source.objects);
+        identity::compare(identity.as_deref(), &place).await?;
+        Ok(source)
+    }
+
+    /// The same, whoever the objects belong to.
+    pub(super) async fn open_any(location: &Location, last: bool) -> Result<Self, Error> {
         let (db, mut locks, root, url) = match &location.database {
             DatabaseLocation::Sqlite(root) => {
                 let path = root.clone();
@@ -86,9 +95,6 @@ impl Source {
                 "the source is itself being filled by `longshore migrate` or `reindex`, run that to its end first".to_owned(),
             ));
         }
-        let identity = fact(&mut tx, identity::KEY).await?;
-        let place = Place::new(location, &source.objects);
-        identity::compare(identity.as_deref(), &place).await?;
         drop(tx);
         Ok(Self { epoch, ..source })
     }
@@ -161,8 +167,15 @@ impl Source {
         db.close().await
     }
 
-    /// Takes every mark off; whether there was one.
-    pub(super) async fn reopen(&self) -> Result<bool, Error> {
+    /// Takes every mark off; whether there was one. Objects that stayed where they are come back first, and whoever has
+    /// the new database is refused.
+    pub(super) async fn reopen(&self, location: &Location) -> Result<bool, Error> {
+        if let Reading::Open(db) = &self.db
+            && (mark(db, MOVED).await?.is_some() || mark(db, LEAVING).await?.is_some())
+        {
+            let place = Place::new(location, &self.objects);
+            identity::claim(db, &place, Claim::TakeOver).await?;
+        }
         self.db.write(Reopen).await
     }
 
@@ -250,7 +263,7 @@ impl Destination {
         if !complete {
             // Objects that stay keep their identity, and others come to a place that is nobody's.
             let how = if objects_stay {
-                Claim::Adopt
+                Claim::Stay
             } else {
                 Claim::Fill
             };

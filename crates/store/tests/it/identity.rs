@@ -1,6 +1,7 @@
 //! A database and its objects are one store, and neither is used with those of another.
 
 use std::path::Path;
+use std::time::Duration;
 
 use oci::Algorithm;
 use store::{
@@ -65,7 +66,22 @@ pub(crate) async fn contract(server: Option<&Server>) {
     );
     let adopted = adopt(&ours, Options::default(), force()).await.unwrap();
     assert_eq!((adopted.uploads, adopted.leases), (1, 2));
+    // A new one, so that whoever has a copy of the database is refused.
+    let anew = std::fs::read(&file).unwrap();
+    assert_ne!(anew, identity);
+    let identity = anew;
+    // A database that was never restored names nothing, and nothing is its own.
+    let empty = at("empty", "fourth");
+    open(&empty).await.unwrap().close().await.unwrap();
+    let empty = at("empty", "objects");
+    let taken = adopt(&empty, Options::default(), force()).await;
+    assert!(matches!(taken, Err(Error::Unusable { .. })), "{taken:?}");
     assert_eq!(std::fs::read(&file).unwrap(), identity);
+    // Nor does a new one get objects that say nothing of whose they are.
+    std::fs::remove_file(&file).unwrap();
+    refused_at_open(&at("later", "objects")).await;
+    assert!(!file.exists());
+    std::fs::write(&file, &identity).unwrap();
 
     // A program that died while it made the identity: the next one goes on, at the same place alone.
     let text = String::from_utf8(identity.clone()).unwrap();
@@ -96,7 +112,12 @@ pub(crate) async fn contract(server: Option<&Server>) {
     assert_sound(&store).await;
     store.close().await.unwrap();
 
-    // A new database takes the place over when it is told to, and the old one is refused.
+    // A new database takes the place over when it is told to, and the old one is refused, also while it runs.
+    let old = open(&ours).await.unwrap();
+    let unused = push_blob(&old, &name("team/app"), &content(9, 40_000)).await;
+    old.delete_blob(&name("team/app"), &unused.digest, &actor())
+        .await
+        .unwrap();
     let anew = at("anew", "objects");
     let without = reindex_at(&anew, &Options::default(), false, |_| {}).await;
     assert!(
@@ -107,6 +128,16 @@ pub(crate) async fn contract(server: Option<&Server>) {
     reindex_at(&anew, &Options::default(), true, |_| {})
         .await
         .unwrap();
+    let mut ended = Ok(());
+    for _ in 0..3 {
+        old.advance_clock(Duration::from_hours(72));
+        ended = ended.and(old.maintain_once().await);
+    }
+    assert!(matches!(ended, Err(Error::Stopped)), "{ended:?}");
+    tokio::time::timeout(Duration::from_mins(1), old.stopped())
+        .await
+        .expect("the old store goes on");
+    drop(old);
     refused(&ours).await;
     open(&anew).await.unwrap().close().await.unwrap();
 }
