@@ -136,11 +136,16 @@ impl Layout {
         let (mut lines, mut problems) = (Vec::new(), Vec::new());
         for name in self.names()? {
             if name.bytes().all(|byte| byte.is_ascii_digit()) {
+                let begun = Timestamp(name.parse().unwrap_or(i64::MAX));
                 match Line::open(&self.root.join(LINES).join(&name)) {
+                    Ok(line) if !line.base().is_file() => problems.push(Unreadable {
+                        begun,
+                        problem: format!("`{}` is missing", line.base().display()),
+                    }),
                     Ok(line) => lines.push(line),
                     Err(error @ Error::Newer { .. }) => return Err(error),
                     Err(error) => problems.push(Unreadable {
-                        begun: Timestamp(name.parse().unwrap_or(i64::MAX)),
+                        begun,
                         problem: super::chain(&error),
                     }),
                 }

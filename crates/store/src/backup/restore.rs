@@ -619,22 +619,26 @@ fn open(database: &Path) -> Result<Connection, Error> {
     Ok(connection)
 }
 
-/// Refuses a directory that holds anything.
-pub(crate) fn require_empty(directory: &Path) -> Result<(), Error> {
-    let entries = match std::fs::read_dir(directory) {
+/// Refuses a directory that holds anything but what a restore leaves that was ended at its begin: a lock, and directories
+/// for objects.
+pub(crate) fn require_empty(to: &Path) -> Result<(), Error> {
+    let entries = match std::fs::read_dir(to) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::io("read", directory, error)),
+        Err(error) => return Err(Error::io("read", to, error)),
     };
     for entry in entries {
         let name = entry
-            .map_err(|error| Error::io("read", directory, error))?
+            .map_err(|error| Error::io("read", to, error))?
             .file_name()
             .to_string_lossy()
             .into_owned();
-        if name != "lost+found" {
+        let path = to.join(&name);
+        let begun = path == directory::lock_file(to)
+            || path == directory::objects(to) && !FileSystem::open(path.clone()).are_some()?;
+        if name != "lost+found" && !begun {
             return Err(Error::unusable(
-                directory,
+                to,
                 format!("it holds `{name}`, restore into an empty directory"),
             ));
         }

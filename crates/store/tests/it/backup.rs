@@ -305,7 +305,6 @@ async fn a_line_that_is_lost_is_not_passed_over() {
         .collect();
     lines.sort();
     assert_eq!(lines.len(), 2);
-    std::fs::write(lines[1].join("line.json"), b"{").unwrap();
     let begun: i64 = lines[1]
         .file_name()
         .unwrap()
@@ -313,16 +312,32 @@ async fn a_line_that_is_lost_is_not_passed_over() {
         .unwrap()
         .parse()
         .unwrap();
-    for at in [None, Some(Timestamp(begun))] {
-        let refused = restore(
-            &root.join("backup"),
-            &root.join("x"),
-            at,
-            &Options::default(),
-        )
-        .await;
-        assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+    for file in ["base.db", "line.json"] {
+        let away = root.join("away");
+        std::fs::rename(lines[1].join(file), &away).unwrap();
+        for at in [None, Some(Timestamp(begun))] {
+            let refused = restore(
+                &root.join("backup"),
+                &root.join("x"),
+                at,
+                &Options::default(),
+            )
+            .await;
+            assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+        }
+        assert!(
+            !list_backups(&root.join("backup"))
+                .unwrap()
+                .problems
+                .is_empty()
+        );
+        if file == "base.db" {
+            std::fs::rename(&away, lines[1].join(file)).unwrap();
+        }
     }
+    // A restore that was killed before it began in earnest is no obstacle.
+    std::fs::create_dir_all(root.join("old/o/aa")).unwrap();
+    std::fs::write(root.join("old/lock"), b"").unwrap();
     let (_, old) = restored(root, Some(until), "old").await;
     assert_eq!(old.tags(&repository, None, 9).await.unwrap(), ["v0"]);
 }
